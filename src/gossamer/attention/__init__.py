@@ -1,0 +1,9 @@
+"""Methods that choose which keys a query reads.
+
+Importing this package registers them; a new one is a file here and a line below.
+"""
+
+from gossamer.attention import controls, double_sparsity, quest, streaming_llm
+from gossamer.attention.base import AttentionHandle, AttentionMethod, attach
+
+__all__ = ["AttentionHandle", "AttentionMethod", "attach", "controls", "double_sparsity", "quest", "streaming_llm"]

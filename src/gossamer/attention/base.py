@@ -1,0 +1,82 @@
+"""What the methods of this family share: how their policies get onto a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from gossamer.calibration import Calibration
+from gossamer.errors import RecipeError
+from gossamer.hf import AttentionRuntime, DecodePolicy, ModelShape, PrefillPolicy
+from gossamer.registry import Handle, Method
+
+
+class AttentionMethod(Method):
+    """Base of the family: a method fills `decode_policy`, `prefill_policy`, or both."""
+
+    def calibrate(self, model: nn.Module, tokens: Tensor) -> Calibration:
+        """Learn what `attach` needs from token blocks ``[count, block]``.
+
+        Raises:
+            RecipeError: this method needs no calibration.
+        """
+        raise RecipeError(f"{self.slug} needs no calibration")
+
+    def decode_policy(self, model: nn.Module, calibration: Calibration | None) -> DecodePolicy | None:
+        """The policy for single queries, or None."""
+        return None
+
+    def prefill_policy(self, model: nn.Module, calibration: Calibration | None) -> PrefillPolicy | None:
+        """The policy for blocks of queries, or None."""
+        return None
+
+    def attach(self, model: nn.Module, calibration: Calibration | None = None) -> AttentionHandle:
+        """Put the method on a model; the handle takes it off again, bit for bit."""
+        return attach(model, [(self, calibration)])
+
+    def io_bytes(self, length: int, shape: ModelShape, element_size: int) -> dict[str, int]:
+        """Bytes that one decode step of one sparse layer and one sequence must read at this context length.
+
+        Returns:
+            ``{"rows": key and value rows, "scores": what is read to choose them}``.
+        """
+        return {"rows": length * shape.kv_heads * 2 * shape.head_dim * element_size, "scores": 0}
+
+
+@dataclass(eq=False)
+class AttentionHandle(Handle):
+    """Attached attention methods, with the runtime that measures and records them."""
+
+    runtime: AttentionRuntime = cast(AttentionRuntime, None)
+
+
+def attach(model: nn.Module, chosen: list[tuple[AttentionMethod, Calibration | None]]) -> AttentionHandle:
+    """Attach methods of this family together, at most one for decode and one for prefill.
+
+    Raises:
+        RecipeError: two methods claim the same phase.
+    """
+    policies: dict[str, Any] = {}
+    owner: dict[str, str] = {}
+    for method, calibration in chosen:
+        for phase in ("decode", "prefill"):
+            policy = getattr(method, f"{phase}_policy")(model, calibration)
+            if policy is None:
+                continue
+            if phase in policies:
+                raise RecipeError(f"{owner[phase]} and {method.slug} both claim attention.{phase}: choose one")
+            policies[phase], owner[phase] = policy, method.slug
+    runtime = AttentionRuntime(model, **policies)
+
+    def report() -> dict[str, Any]:
+        stats = runtime.stats
+        return {
+            "kv_bytes_read": stats.kv_bytes,
+            "score_bytes_read": stats.score_bytes,
+            "dense_bytes": stats.dense_bytes,
+            "rows_kept": stats.rows / stats.dense_rows if stats.dense_rows else 1.0,
+        }
+
+    return AttentionHandle(undo=[runtime.detach], reports=[report], runtime=runtime)

@@ -1,0 +1,123 @@
+// What the Python module and the kernels agree on. This header is the only one that every translation unit sees.
+//
+// Each kernel source is compiled once per instruction set, into a namespace of its own (GOSSAMER_ISA), and module.cpp
+// picks a table at import. Two rules keep that sound:
+//   * kernels use no standard containers or algorithms: their instantiations are weak symbols, and the linker would be
+//     free to keep the AVX-512 copy for everybody;
+//   * arguments cross as plain structs of pointers, element strides and sizes. Shapes are checked in Python, values
+//     (ranges, row ids, channel ids) here, while they stream past; the result is a Status, never an exception.
+#pragma once
+#include <cstdint>
+
+namespace gossamer {
+
+// Keep in step with ops/_checks.py.
+enum Status : int { kOk = 0, kBadRange = 1, kBadIndex = 2, kBadCount = 3, kBadChannel = 4 };
+
+enum DType : int { kFloat32 = 0, kBFloat16 = 1 };
+
+enum Reduce : int { kNone = 0, kMax = 1, kSum = 2 };
+
+// Row ranges [starts[b], lengths[b]) of B sequences; null means 0 and `rows`.
+struct Ranges {
+  const int32_t* starts;
+  const int32_t* lengths;
+  int32_t rows;
+
+  int32_t begin(int64_t b) const { return starts ? starts[b] : 0; }
+  int32_t end(int64_t b) const { return lengths ? lengths[b] : rows; }
+  bool valid(int64_t batch) const {
+    for (int64_t b = 0; b < batch; ++b)
+      if (begin(b) < 0 || end(b) < begin(b) || end(b) > rows) return false;
+    return true;
+  }
+};
+
+struct AttentionArgs {
+  const void *query, *key, *value;  // [B,H,d], [B,Hkv,S,d] twice
+  void* out;                        // [B,H,d], contiguous
+  float* lse;                       // [B,H], or null
+  Ranges ranges;                    // rows = S
+  const int32_t* indices;           // [B,Hsel,k], or null for all rows of the range
+  const int32_t* counts;            // [B,Hsel], or null for k
+  int64_t q_batch, q_head, k_batch, k_head, k_row, v_batch, v_head, v_row;
+  int64_t batch, heads, kv_heads, dim;
+  int64_t select_heads, k;
+  float scale;
+  DType dtype;
+  int threads;
+};
+
+struct LabelCache {
+  void* codes;        // [B,Hlab,tiles,r,16] floats or [B,Hlab,tiles,words,16,4] packed
+  float *step, *zero;  // [B,Hlab,tiles,16], packed only
+  int64_t heads, tiles, r;
+  int bits;
+  int kind;  // 1, 2, 4, 8: container bits; 16: float32; 17: bfloat16
+  int64_t words;
+};
+
+struct AppendArgs {
+  LabelCache labels;
+  const void* key;  // [B,Hkv,T,d]
+  const int32_t* channels;  // [Hlab,r]
+  int64_t k_batch, k_head, k_row;
+  int64_t batch, kv_heads, tokens, dim, start;
+  DType dtype;
+  int threads;
+};
+
+struct ScoreArgs {
+  LabelCache labels;
+  const void* query;  // [B,H,d]
+  const int32_t* channels;
+  float* out;  // [B,Hsel,out_row]
+  Ranges ranges;  // rows = tokens scored
+  int64_t q_batch, q_head;
+  int64_t batch, heads, kv_heads, dim;
+  int64_t out_row;
+  Reduce reduce;
+  DType dtype;
+  int threads;
+};
+
+struct SelectArgs {
+  const float* scores;  // [B,H,S]
+  int32_t *indices, *counts;  // [B,H,k], [B,H]
+  Ranges ranges;
+  int64_t s_batch, s_head;
+  int64_t batch, heads, k;
+  int threads;
+};
+
+struct LabelAttentionArgs {
+  AttentionArgs attention;  // indices and counts are outputs here
+  ScoreArgs score;
+  int32_t *indices, *counts;
+  bool protect_last;
+};
+
+struct Kernels {
+  const char* name;
+  Status (*decode_attention)(const AttentionArgs&);
+  Status (*append_labels)(const AppendArgs&);
+  Status (*label_scores)(const ScoreArgs&);
+  Status (*select_topk)(const SelectArgs&);
+  Status (*label_attention)(const LabelAttentionArgs&);
+  float (*read_all)(const float*, int64_t, int);
+};
+
+#define GOSSAMER_DECLARE_KERNELS(isa)                      \
+  namespace isa {                                          \
+  Status decode_attention(const AttentionArgs&);           \
+  Status append_labels(const AppendArgs&);                 \
+  Status label_scores(const ScoreArgs&);                   \
+  Status select_topk(const SelectArgs&);                   \
+  Status label_attention(const LabelAttentionArgs&);       \
+  float read_all(const float* data, int64_t size, int threads); \
+  }
+GOSSAMER_DECLARE_KERNELS(baseline)
+GOSSAMER_DECLARE_KERNELS(avx2)
+GOSSAMER_DECLARE_KERNELS(avx512)
+
+}  // namespace gossamer

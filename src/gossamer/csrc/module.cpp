@@ -1,0 +1,194 @@
+// The Python face of the kernels. Tensors cross as addresses and strides that ops/*.py took from torch: a handful of
+// integers costs a fraction of a DLPack exchange, and every shape was checked there. Calls run without the GIL.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace nb = nanobind;
+
+namespace gossamer {
+namespace {
+
+#define GOSSAMER_TABLE(isa)                                                                             \
+  Kernels {                                                                                             \
+    #isa, isa::decode_attention, isa::append_labels, isa::label_scores, isa::select_topk,               \
+        isa::label_attention, isa::read_all                                                             \
+  }
+
+// Slowest first; only what this processor can run.
+std::vector<Kernels> runnable() {
+  std::vector<Kernels> tables{GOSSAMER_TABLE(baseline)};
+#if defined(GOSSAMER_X86)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables.push_back(GOSSAMER_TABLE(avx2));
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"))
+    tables.push_back(GOSSAMER_TABLE(avx512));
+#endif
+  return tables;
+}
+
+const std::vector<Kernels>& tables() {
+  static const std::vector<Kernels> all = runnable();
+  return all;
+}
+
+const Kernels* active = nullptr;
+
+std::string set_isa(const std::string& name) {
+  for (const Kernels& table : tables())
+    if (name == table.name) active = &table;
+  return active->name;
+}
+
+// A tuple of integers read in order.
+class Reader {
+ public:
+  explicit Reader(const nb::tuple& tuple) : tuple_(tuple) {}
+  int64_t next() {
+    const int64_t value = PyLong_AsLongLong(PyTuple_GetItem(tuple_.ptr(), at_++));
+    if (value == -1 && PyErr_Occurred()) throw nb::python_error();
+    return value;
+  }
+  template <class T>
+  T* pointer() {
+    return reinterpret_cast<T*>(next());
+  }
+
+ private:
+  const nb::tuple& tuple_;
+  Py_ssize_t at_ = 0;
+};
+
+template <class Args>
+int call(Status (*kernel)(const Args&), const Args& args) {
+  nb::gil_scoped_release release;
+  return kernel(args);
+}
+
+LabelCache label_cache(const nb::tuple& pointers, const nb::tuple& description) {
+  Reader p(pointers), d(description);
+  LabelCache c{};
+  c.codes = p.pointer<void>(), c.step = p.pointer<float>(), c.zero = p.pointer<float>();
+  c.heads = d.next(), c.tiles = d.next(), c.r = d.next(), c.bits = int(d.next()), c.kind = int(d.next()), c.words = d.next();
+  return c;
+}
+
+void read_strides(Reader r, AttentionArgs& a) {
+  a.q_batch = r.next(), a.q_head = r.next();
+  a.k_batch = r.next(), a.k_head = r.next(), a.k_row = r.next();
+  a.v_batch = r.next(), a.v_head = r.next(), a.v_row = r.next();
+}
+
+void read_sizes(Reader r, AttentionArgs& a) {
+  a.batch = r.next(), a.heads = r.next(), a.kv_heads = r.next(), a.ranges.rows = int32_t(r.next()), a.dim = r.next();
+}
+
+int decode_attention(nb::tuple tensors, nb::tuple optional, nb::tuple strides, nb::tuple sizes, nb::tuple selection,
+                     float scale, int dtype, int threads) {
+  AttentionArgs a{};
+  Reader t(tensors), o(optional), s(selection);
+  a.query = t.pointer<void>(), a.key = t.pointer<void>(), a.value = t.pointer<void>();
+  a.out = t.pointer<void>(), a.lse = t.pointer<float>();
+  a.ranges.starts = o.pointer<int32_t>(), a.ranges.lengths = o.pointer<int32_t>();
+  a.indices = o.pointer<int32_t>(), a.counts = o.pointer<int32_t>();
+  read_strides(Reader(strides), a);
+  read_sizes(Reader(sizes), a);
+  a.select_heads = s.next(), a.k = s.next();
+  a.scale = scale, a.dtype = DType(dtype), a.threads = threads;
+  return call(active->decode_attention, a);
+}
+
+int append_labels(nb::tuple cache, nb::tuple description, nb::tuple tensors, nb::tuple strides, nb::tuple sizes,
+                  int dtype, int threads) {
+  AppendArgs a{};
+  Reader t(tensors), r(strides), s(sizes);
+  a.labels = label_cache(cache, description);
+  a.key = t.pointer<void>(), a.channels = t.pointer<int32_t>();
+  a.k_batch = r.next(), a.k_head = r.next(), a.k_row = r.next();
+  a.batch = s.next(), a.kv_heads = s.next(), a.tokens = s.next(), a.dim = s.next(), a.start = s.next();
+  a.dtype = DType(dtype), a.threads = threads;
+  return call(active->append_labels, a);
+}
+
+int label_scores(nb::tuple cache, nb::tuple description, nb::tuple tensors, nb::tuple strides, nb::tuple sizes,
+                 int reduce, int dtype, int threads) {
+  ScoreArgs a{};
+  Reader t(tensors), r(strides), s(sizes);
+  a.labels = label_cache(cache, description);
+  a.query = t.pointer<void>(), a.channels = t.pointer<int32_t>(), a.out = t.pointer<float>();
+  a.ranges.starts = t.pointer<int32_t>(), a.ranges.lengths = t.pointer<int32_t>();
+  a.q_batch = r.next(), a.q_head = r.next();
+  a.batch = s.next(), a.heads = s.next(), a.kv_heads = s.next(), a.dim = s.next(), a.out_row = s.next();
+  a.ranges.rows = int32_t(a.out_row);
+  a.reduce = Reduce(reduce), a.dtype = DType(dtype), a.threads = threads;
+  return call(active->label_scores, a);
+}
+
+int select_topk(nb::tuple tensors, nb::tuple strides, nb::tuple sizes, int threads) {
+  SelectArgs a{};
+  Reader t(tensors), r(strides), s(sizes);
+  a.scores = t.pointer<float>(), a.indices = t.pointer<int32_t>(), a.counts = t.pointer<int32_t>();
+  a.ranges.starts = t.pointer<int32_t>(), a.ranges.lengths = t.pointer<int32_t>();
+  a.s_batch = r.next(), a.s_head = r.next();
+  a.batch = s.next(), a.heads = s.next(), a.ranges.rows = int32_t(s.next()), a.k = s.next();
+  a.threads = threads;
+  return call(active->select_topk, a);
+}
+
+int label_attention(nb::tuple cache, nb::tuple description, nb::tuple tensors, nb::tuple integers, nb::tuple strides,
+                    nb::tuple sizes, int64_t k, float scale, int reduce, bool protect_last, int dtype, int threads) {
+  LabelAttentionArgs args{};
+  AttentionArgs& a = args.attention;
+  ScoreArgs& s = args.score;
+  Reader t(tensors), i(integers);
+  s.labels = label_cache(cache, description);
+  a.query = t.pointer<void>(), a.key = t.pointer<void>(), a.value = t.pointer<void>(), a.out = t.pointer<void>();
+  s.channels = t.pointer<int32_t>();
+  args.indices = i.pointer<int32_t>(), args.counts = i.pointer<int32_t>();
+  a.ranges.starts = i.pointer<int32_t>(), a.ranges.lengths = i.pointer<int32_t>();
+  read_strides(Reader(strides), a);
+  read_sizes(Reader(sizes), a);
+  a.select_heads = reduce == kNone ? a.heads : a.kv_heads, a.k = k;
+  a.scale = scale, a.dtype = DType(dtype), a.threads = threads;
+  a.indices = args.indices, a.counts = args.counts;
+  s.query = a.query, s.ranges = a.ranges, s.q_batch = a.q_batch, s.q_head = a.q_head;
+  s.batch = a.batch, s.heads = a.heads, s.kv_heads = a.kv_heads, s.dim = a.dim;
+  s.reduce = Reduce(reduce), s.dtype = a.dtype, s.threads = threads;
+  args.protect_last = protect_last;
+  return call(active->label_attention, args);
+}
+
+float read_all(intptr_t data, int64_t size, int threads) {
+  nb::gil_scoped_release release;
+  return active->read_all(reinterpret_cast<const float*>(data), size, threads);
+}
+
+}  // namespace
+}  // namespace gossamer
+
+NB_MODULE(_native, m) {
+  using namespace gossamer;
+  m.doc() = "Native kernels of Gossamer. Private: gossamer.ops checks the arguments that these functions trust.";
+  active = &tables().back();
+  if (const char* name = std::getenv("GOSSAMER_ISA"); name && *name && set_isa(name) != name)
+    throw std::runtime_error("GOSSAMER_ISA=" + std::string(name) + " is not available on this machine");
+  m.def("available_isas", [] {
+    std::vector<std::string> names;
+    for (const Kernels& table : tables()) names.emplace_back(table.name);
+    return names;
+  });
+  m.def("set_isa", &set_isa);
+  m.def("decode_attention", &decode_attention);
+  m.def("append_labels", &append_labels);
+  m.def("label_scores", &label_scores);
+  m.def("select_topk", &select_topk);
+  m.def("label_attention", &label_attention);
+  m.def("read_all", &read_all);
+}

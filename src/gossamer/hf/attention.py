@@ -1,0 +1,406 @@
+"""The attention plug point: one function registered with transformers, one runtime per attached model.
+
+Order of a call: the runtime's hook on the decoder gives the call's cache our storage (`cache.adopt`); each attention
+block stores its keys and values and calls `_attention` below, which finds the block's runtime and layer, and hands a
+single query to the decode policy and a block of queries to the prefill policy. Without policies attention is dense,
+prefill by torch's fused kernel and decode by our own.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import DynamicCache
+from transformers.masking_utils import flash_attention_mask
+
+from gossamer import ops
+from gossamer.errors import InputError, ModelError
+from gossamer.hf.cache import KVLayer, adopt
+from gossamer.hf.policy import DecodePolicy, PrefillPolicy
+from gossamer.hf.views import attention_views, base_model, model_shape
+
+NAME = "gossamer"
+logger = logging.getLogger("gossamer")
+_RUNTIMES: weakref.WeakKeyDictionary[nn.Module, AttentionRuntime] = weakref.WeakKeyDictionary()
+
+
+@dataclass
+class DecodeStats:
+    """What decode steps read, summed since `reset`; all sizes in bytes, counted from the selections themselves."""
+
+    steps: int = 0
+    kv_bytes: int = 0
+    score_bytes: int = 0
+    dense_bytes: int = 0
+    rows: int = 0
+    dense_rows: int = 0
+
+    def reset(self) -> None:
+        """Start again from zero."""
+        self.__init__()  # type: ignore[misc]
+
+
+@dataclass
+class LayerView:
+    """What a policy sees of one layer: its cache rows, and how to attend to all of them."""
+
+    index: int
+    runtime: AttentionRuntime
+    kv: KVLayer
+    scale: float
+    window: int | None = None
+    starts: Tensor | None = None
+    state: Any = None
+
+    def rows(self, length: int) -> tuple[Tensor, Tensor]:
+        """The first `length` key and value rows ``[batch, kv_heads, length, head_dim]`` (views)."""
+        assert self.kv.key_storage is not None and self.kv.value_storage is not None
+        return self.kv.key_storage.narrow(2, 0, length), self.kv.value_storage.narrow(2, 0, length)
+
+    def dense_decode(self, query: Tensor, length: int) -> Tensor:
+        """Attend to every visible row, and count what that reads."""
+        key, value = self.rows(length)
+        visible = min(length, self.window) if self.window else length
+        self.count(visible * key.shape[0] * key.shape[1], length)
+        return dense_decode(query, key, value, self.scale, self.starts, self.window)
+
+    def row_bytes(self) -> int:
+        """Bytes of one key row and one value row."""
+        assert self.kv.key_storage is not None
+        return 2 * self.kv.key_storage.shape[3] * self.kv.key_storage.element_size()
+
+    def count(self, rows: int, length: int, score_bytes: int = 0) -> None:
+        """Account for one decode step of this layer that read `rows` key–value rows."""
+        assert self.kv.key_storage is not None
+        stats, row_bytes = self.runtime.stats, self.row_bytes()
+        dense_rows = length * self.kv.key_storage.shape[0] * self.kv.key_storage.shape[1]
+        stats.steps += 1
+        stats.rows += rows
+        stats.dense_rows += dense_rows
+        stats.kv_bytes += rows * row_bytes
+        stats.dense_bytes += dense_rows * row_bytes
+        stats.score_bytes += score_bytes
+
+    def count_selected(self, indices: Tensor, counts: Tensor, length: int, score_bytes: int = 0) -> None:
+        """Account for a selection, and keep it when the runtime records selections."""
+        runtime = self.runtime
+        if runtime.trace is not None:
+            runtime.trace.append((self.index, length, indices.detach().clone(), counts.detach().clone()))
+        self.count(int(counts.sum()), length, score_bytes)
+
+
+def _groups(query: Tensor, kv_heads: int) -> Tensor:
+    """``[batch, heads, new, d]`` as ``[batch, kv_heads, group, new, d]``."""
+    return query.unflatten(1, (kv_heads, query.shape[1] // kv_heads))
+
+
+def visible_mask(new: int, length: int, starts: Tensor | None, window: int | None, device: torch.device) -> Tensor:
+    """Boolean ``[batch or 1, 1, new, length]``: which rows the last `new` positions may read."""
+    position = torch.arange(length - new, length, device=device)[:, None]
+    row = torch.arange(length, device=device)[None, :]
+    mask = row <= position
+    if window:
+        mask = mask & (row > position - window)
+    mask = mask[None, None]
+    if starts is not None:
+        mask = mask & (row >= starts.to(device)[:, None, None, None])
+        # A query in the padding sees nothing, which softmax turns into NaN: let it see itself.
+        mask = mask | (row == position)
+    return mask
+
+
+def dense_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    *,
+    starts: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+    causal: bool = True,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Exact attention of the last `new` positions by torch's fused kernel; differentiable.
+
+    Args:
+        query: ``[batch, heads, new, head_dim]``; key, value: ``[batch, kv_heads, length, head_dim]``.
+        scale: factor on the scores.
+        starts: int ``[batch]``, first real row of each left-padded sequence.
+        window: rows that a position sees, itself included (None: all).
+        softcap: scores become ``softcap * tanh(score / softcap)``.
+        mask: boolean, broadcastable to ``[batch, heads, new, length]``; overrides `starts` and `window`.
+
+    Returns:
+        ``[batch, heads, new, head_dim]``.
+    """
+    kv_heads, length, new = key.shape[1], key.shape[2], query.shape[2]
+    window = window if window and window < length else None
+    plain = mask is None and starts is None and window is None and causal
+    if mask is None and causal and not (plain and new in (1, length)):
+        mask = visible_mask(new, length, starts, window, query.device)
+    grouped = _groups(query, kv_heads)
+    if softcap is not None:
+        scores = torch.einsum("bkgtd,bksd->bkgts", grouped.float(), key.float()) * scale
+        scores = softcap * torch.tanh(scores / softcap)
+        if mask is None:
+            mask = visible_mask(new, length, None, None, query.device)
+        scores = scores.masked_fill(~mask[:, :, None], float("-inf"))
+        return torch.einsum("bkgts,bksd->bkgtd", scores.softmax(-1), value.float()).flatten(1, 2).to(query.dtype)
+    # One call per position in the group: keys are shared, never repeated.
+    is_causal = plain and new == length and new > 1
+    outs = [
+        F.scaled_dot_product_attention(
+            grouped[:, :, i], key, value, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, scale=scale
+        )
+        for i in range(grouped.shape[2])
+    ]
+    return outs[0] if len(outs) == 1 else torch.stack(outs, 2).flatten(1, 2)
+
+
+def dense_decode(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, starts: Tensor | None = None, window: int | None = None
+) -> Tensor:
+    """Exact attention of one query per sequence ``[batch, heads, head_dim]`` by our kernel."""
+    length = key.shape[2]
+    if window and window < length:
+        first = length - window
+        starts = (starts - first).clamp_min(0) if starts is not None else None
+        key, value = key.narrow(2, first, window), value.narrow(2, first, window)
+    return ops.decode_attention(query, key, value, starts=starts, scale=scale)
+
+
+@dataclass(eq=False)
+class AttentionRuntime:
+    """Attaches attention policies to one model, and takes them off again.
+
+    Args:
+        model: a decoder-only transformers model.
+        decode: policy for single queries (None: dense, our kernel).
+        prefill: policy for blocks of queries (None: dense, torch's kernel).
+
+    Attributes:
+        stats: what decode steps have read.
+        trace: when a list, every selection is appended as ``(layer, length, indices, counts)``.
+        teacher_forced: when true, a block of new tokens is decoded query by query, each with its own selection, as
+            if the tokens had come one at a time.
+    """
+
+    model: nn.Module
+    decode: DecodePolicy | None = None
+    prefill: PrefillPolicy | None = None
+    stats: DecodeStats = field(default_factory=DecodeStats)
+    trace: list[tuple[int, int, Tensor, Tensor]] | None = None
+    teacher_forced: bool = False
+
+    def __post_init__(self) -> None:
+        self.shape = model_shape(self.model)
+        self.views = attention_views(self.model)
+        model: Any = self.model
+        if not getattr(model, "_supports_attention_backend", False) and not model._can_set_attn_implementation():
+            raise ModelError(f"{type(model).__name__} is not supported: it does not use the attention interface")
+        if any(view.module in _RUNTIMES for view in self.views):
+            raise ModelError("this model has attention methods attached already: detach them, or stack them in one recipe")
+        self._said: set[str] = set()
+        self._cache: Any = None
+        self._mask: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+        self._config = model.config.get_text_config(decoder=True)
+        self._previous = self._config._attn_implementation
+        self._config._attn_implementation = NAME
+        for view in self.views:
+            _RUNTIMES[view.module] = self
+        self._hook: Any = base_model(self.model).register_forward_pre_hook(self._before_forward, with_kwargs=True)
+
+    @property
+    def attached(self) -> bool:
+        """Whether the policies are still on the model."""
+        return self._hook is not None
+
+    def detach(self) -> None:
+        """Leave the model as it was; safe to call twice."""
+        if self._hook is None:
+            return
+        self._hook.remove()
+        self._hook = self._cache = None
+        self._config._attn_implementation = self._previous
+        for view in self.views:
+            _RUNTIMES.pop(view.module, None)
+
+    def say_once(self, message: str) -> None:
+        """Log a message the first time it comes up."""
+        key = message.split(":")[-1]
+        if key not in self._said:
+            self._said.add(key)
+            logger.warning(message)
+
+    @contextmanager
+    def teacher_forcing(self) -> Iterator[None]:
+        """Inside, blocks of new tokens are decoded query by query, each selecting for itself."""
+        previous, self.teacher_forced = self.teacher_forced, True
+        try:
+            yield
+        finally:
+            self.teacher_forced = previous
+
+    @contextmanager
+    def recording(self) -> Iterator[list[tuple[int, int, Tensor, Tensor]]]:
+        """Inside, selections are kept in the list that this yields."""
+        previous, self.trace = self.trace, []
+        try:
+            yield self.trace
+        finally:
+            self.trace = previous
+
+    def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        cache = kwargs.get("past_key_values")
+        self._mask = (None, None, None)
+        if cache is not None:
+            self._cache = adopt(cache)
+            return None
+        use_cache = kwargs.get("use_cache")
+        if use_cache is None:
+            use_cache = getattr(self._config, "use_cache", False)
+        if not use_cache or module.training:
+            self._cache = None
+            return None
+        kwargs = {**kwargs, "past_key_values": adopt(DynamicCache(config=self._config))}
+        self._cache = kwargs["past_key_values"]
+        return args, kwargs
+
+    def _layer(self, module: nn.Module, scale: float, window: int | None, starts: Tensor | None) -> LayerView | None:
+        index: int = module.layer_idx  # type: ignore[assignment]
+        if self._cache is None:
+            return None
+        kv: KVLayer = self._cache.layers[index]
+        view: LayerView | None = kv.views.get(self)
+        if view is None:
+            view = kv.views[self] = LayerView(index, self, kv, scale, window)
+            if self.decode is not None:
+                view.state = self.decode.open(view)
+        view.starts = starts
+        return view
+
+    def _padding(self, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Split a padding mask ``[batch, length]`` into `starts` (left padding) or a mask for anything else."""
+        if mask is None:
+            return None, None
+        if self._mask[0] is mask:  # one mask serves all layers of a forward
+            return self._mask[1], self._mask[2]
+        starts: Tensor | None = None
+        holes: Tensor | None = None
+        if mask.ndim == 2:
+            first = mask.int().argmax(dim=1)
+            if bool((mask.sum(1) == mask.shape[1] - first).all()):
+                starts = first.to(torch.int32)
+            else:
+                holes = mask.bool()
+        else:
+            holes = mask
+        self._mask = (mask, starts, holes)
+        return starts, holes
+
+    def attention(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        dropout: float,
+    ) -> Tensor:
+        """Attention of one block of one forward; returns ``[batch, heads, new, head_dim]``."""
+        starts, holes = self._padding(mask)
+        new, length = query.shape[2], key.shape[2]
+        differentiable = torch.is_grad_enabled() and query.requires_grad
+        if holes is not None or softcap is not None or differentiable:
+            return self._exact(query, key, value, scale, starts, window, softcap, holes, dropout)
+        layer = self._layer(module, scale, window, starts)
+        if layer is not None and (new == 1 or self.teacher_forced):
+            if self.decode is None:
+                step = layer.dense_decode
+            else:
+                policy = self.decode
+                def step(q: Tensor, n: int) -> Tensor:
+                    return policy.decode(layer, q, n)
+            if new == 1:
+                return step(query[:, :, 0], length).unsqueeze(2)
+            first = length - new
+            return torch.stack([step(query[:, :, t], first + t + 1) for t in range(new)], dim=2)
+        if layer is not None and self.prefill is not None:
+            return self.prefill.prefill(layer, query, key, value)
+        return dense_attention(query, key, value, scale, starts=starts, window=window)
+
+    def _exact(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        starts: Tensor | None,
+        window: int | None,
+        softcap: float | None,
+        holes: Tensor | None,
+        dropout: float,
+    ) -> Tensor:
+        """The cases that kernels do not serve: gaps in the padding, capped scores, gradients."""
+        if holes is not None:
+            if self.decode is not None or self.prefill is not None:
+                self.say_once("the attention mask is not plain left padding: attention is dense")
+            new, length = query.shape[2], key.shape[2]
+            if holes.ndim == 2:
+                holes = visible_mask(new, length, None, window, query.device) & holes[:, None, None, :length]
+                holes = holes | torch.eye(length, dtype=torch.bool, device=query.device)[length - new :]
+            elif holes.dtype != torch.bool:
+                holes = holes == 0
+        elif softcap is not None and (self.decode is not None or self.prefill is not None):
+            self.say_once("this model caps its attention scores: attention is dense")
+        return dense_attention(
+            query, key, value, scale, starts=starts, window=window, softcap=softcap, mask=holes, dropout=dropout
+        )
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The function that transformers calls; returns ``[batch, new, heads, head_dim]``."""
+    runtime = _RUNTIMES.get(module)
+    if runtime is None:
+        raise ModelError("this model's attention is set to 'gossamer' but nothing is attached: use gossamer.attach(model, …)")
+    if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
+        raise ModelError(f"{type(module).__name__} is not supported: it adds sinks or a position bias to its attention scores")
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    out = runtime.attention(module, query, key, value, attention_mask, scale, sliding_window, softcap, dropout)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """No mask for a plain causal batch, otherwise the padding mask ``[batch, length]``: the runtime does the rest."""
+    return flash_attention_mask(*args, **kwargs)  # type: ignore[no-any-return]
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, _mask)
+
+__all__ = ["AttentionRuntime", "DecodeStats", "InputError", "LayerView", "dense_attention", "dense_decode", "visible_mask"]

@@ -1,0 +1,226 @@
+"""The key–value cache: layers that own preallocated storage in grouped-query layout.
+
+A layer plugs into any ``transformers`` cache object, so `generate`, chunked prefill, multi-turn use and
+beam search keep working while the storage underneath is ours: rows of one KV head lie together, appending a token
+writes one row, and capacity doubles when it runs out (an amortised O(1) copy per token).
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from gossamer.errors import InputError
+from gossamer.ops.memory import advise_huge_pages
+
+_ROUND = 256  # capacities are multiples of this many rows
+
+
+def _round_up(rows: int) -> int:
+    return -(-rows // _ROUND) * _ROUND
+
+
+class Derived:
+    """Something computed from a layer's first `rows` rows (labels, page bounds) that must follow its edits.
+
+    A policy that keeps such state subclasses this and, before use, extends it from `rows` to the current length.
+    The layer lowers `rows` when it is cropped, and drops the state when its batch changes.
+    """
+
+    rows: int = 0
+
+
+class KVLayer(CacheLayerMixin):
+    """Keys and values of one decoder layer: storage ``[batch, kv_heads, capacity, head_dim]``, of which `length` rows are used.
+
+    `keys` and `values` are views of the used rows; nothing is copied to read them.
+
+    Args:
+        reserve: rows to allocate at the first update at least (default: a quarter more than that update needs).
+    """
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, reserve: int = 0, **_: Any) -> None:
+        self.reserve = reserve
+        self.length = 0
+        self.key_storage: Tensor | None = None
+        self.value_storage: Tensor | None = None
+        # What each attached runtime keeps for this layer; another one, attached later, starts afresh.
+        self.views: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+    # The names that transformers reads.
+    @property
+    def is_initialized(self) -> bool:  # type: ignore[override]
+        """Whether storage exists yet."""
+        return self.key_storage is not None
+
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]
+        """Used key rows ``[batch, kv_heads, length, head_dim]`` (a view)."""
+        return None if self.key_storage is None else self.key_storage.narrow(2, 0, self.length)
+
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        """Used value rows ``[batch, kv_heads, length, head_dim]`` (a view)."""
+        return None if self.value_storage is None else self.value_storage.narrow(2, 0, self.length)
+
+    @property
+    def capacity(self) -> int:
+        """Rows that fit before the next growth."""
+        return 0 if self.key_storage is None else self.key_storage.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the used rows of keys and values."""
+        if self.key_storage is None or self.value_storage is None:
+            return 0
+        per_row = sum(s.element_size() * s.shape[0] * s.shape[1] * s.shape[3] for s in (self.key_storage, self.value_storage))
+        return per_row * self.length
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate storage that fits a first update of this shape."""
+        rows = key_states.shape[2]
+        capacity = _round_up(max(self.reserve, rows + rows // 4 + 1))
+        self.key_storage = self._allocate(key_states, capacity)
+        self.value_storage = self._allocate(value_states, capacity)
+
+    @staticmethod
+    def _allocate(like: Tensor, capacity: int) -> Tensor:
+        storage = like.new_empty(like.shape[0], like.shape[1], capacity, like.shape[3])
+        advise_huge_pages(storage)  # scattered row reads are bound by the TLB with small pages
+        return storage
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append rows ``[batch, kv_heads, new, head_dim]``; returns views of all used rows."""
+        if self.key_storage is None or self.value_storage is None:
+            self.lazy_initialization(key_states, value_states)
+        assert self.key_storage is not None and self.value_storage is not None
+        new = key_states.shape[2]
+        if key_states.shape[0] != self.key_storage.shape[0]:
+            raise InputError(
+                f"the cache holds {self.key_storage.shape[0]} sequences, this step has {key_states.shape[0]}: "
+                "start a new cache for a new batch"
+            )
+        if self.length + new > self.capacity:
+            self._grow(self.length + new)
+        self.key_storage.narrow(2, self.length, new).copy_(key_states)
+        self.value_storage.narrow(2, self.length, new).copy_(value_states)
+        self.length += new
+        return self.key_storage.narrow(2, 0, self.length), self.value_storage.narrow(2, 0, self.length)
+
+    def _grow(self, rows: int) -> None:
+        capacity = _round_up(max(rows, 2 * self.capacity))
+        for name in ("key_storage", "value_storage"):
+            old = getattr(self, name)
+            fresh = self._allocate(old, capacity)
+            fresh.narrow(2, 0, self.length).copy_(old.narrow(2, 0, self.length))
+            setattr(self, name, fresh)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Rows that the next mask covers, and the position of the first."""
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Rows used."""
+        return self.length
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def reset(self) -> None:
+        """Drop all rows and storage."""
+        self.key_storage = self.value_storage = None
+        self.length = 0
+        self.views.clear()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` rows."""
+        if tokens_to_remove > 0:
+            raise InputError("crop takes a negative number: how many rows to remove from the end")
+        self.length = max(0, self.length + tokens_to_remove)
+        self._touch(self.length)
+
+    def _touch(self, unchanged_rows: int) -> None:
+        for view in self.views.values():
+            if isinstance(view.state, Derived):
+                view.state.rows = min(view.state.rows, unchanged_rows)
+
+    def _replace_batch(self, pick: Any) -> None:
+        if self.key_storage is None or self.value_storage is None:
+            return
+        self.key_storage, self.value_storage = pick(self.key_storage), pick(self.value_storage)
+        self.views.clear()  # shapes of derived state follow the batch: rebuild it
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Pick sequences for beam search."""
+        self._replace_batch(lambda s: s.index_select(0, beam_idx.to(s.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence."""
+        self._replace_batch(lambda s: s.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these sequences only."""
+        self._replace_batch(lambda s: s[indices, ...])
+
+
+class GossamerCache(Cache):
+    """A cache of `KVLayer`, for those who make one by hand; `generate` gets them without asking.
+
+    Args:
+        reserve: rows to allocate at once in each layer (say, prompt + new tokens), so that nothing grows later.
+    """
+
+    def __init__(self, reserve: int = 0) -> None:
+        super().__init__(layers=[])
+        self._reserve = reserve
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append to one layer, creating it if it is new."""
+        while len(self.layers) <= layer_idx:
+            self.layers.append(KVLayer(self._reserve))
+        return self.layers[layer_idx].update(key_states, value_states)  # type: ignore[no-any-return]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all used rows."""
+        return sum(layer.nbytes for layer in self.layers)
+
+
+def adopt(cache: Any) -> Any:
+    """Give a transformers cache our storage, in place, keeping what it holds.
+
+    Works on `DynamicCache` and caches like it, so a user's own object goes on being the one that fills.
+
+    Raises:
+        InputError: for caches that own their storage in another way (static, quantized, offloaded).
+    """
+    if isinstance(cache, GossamerCache):
+        return cache
+    if not isinstance(cache, DynamicCache) or getattr(cache, "offloading", False):
+        raise InputError(
+            f"cannot attach to a {type(cache).__name__}: pass a DynamicCache, a GossamerCache, or no cache"
+        )
+    if cache.layer_class_to_replicate is not None:
+        cache.layer_class_to_replicate = KVLayer
+    for i, layer in enumerate(cache.layers):
+        if isinstance(layer, KVLayer):
+            continue
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise InputError(f"cannot attach to a cache layer of type {type(layer).__name__}")
+        ours = KVLayer()
+        if layer.is_initialized and layer.get_seq_length() > 0:
+            if layer.get_seq_length() != layer.keys.shape[2]:
+                raise InputError("cannot attach to a sliding-window cache that has already dropped rows: start a new one")
+            ours.update(layer.keys, layer.values)
+        cache.layers[i] = ours
+    return cache

@@ -1,0 +1,81 @@
+"""What an attention method plugs into a model: a prefill policy, a decode policy, or both.
+
+A policy is made by a method's `attach`, belongs to one model, and keeps per-cache state on the cache layer.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from gossamer import ops
+
+if TYPE_CHECKING:
+    from gossamer.hf.attention import LayerView
+
+
+class PrefillPolicy(ABC):
+    """Chooses which keys a block of new queries reads."""
+
+    @abstractmethod
+    def prefill(self, layer: LayerView, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attend `query` ``[batch, heads, new, head_dim]`` to `key`, `value` ``[batch, kv_heads, length, head_dim]``.
+
+        The queries stand at the last `new` positions. Returns ``[batch, heads, new, head_dim]``.
+        """
+
+
+class DecodePolicy(ABC):
+    """Chooses which cached keys one new query reads."""
+
+    def open(self, layer: LayerView) -> Any:
+        """State for a cache layer that this policy has not seen; kept on that layer (default: none)."""
+        return None
+
+    @abstractmethod
+    def decode(self, layer: LayerView, query: Tensor, length: int) -> Tensor:
+        """Attend `query` ``[batch, heads, head_dim]`` to rows ``[layer.starts, length)`` of ``layer.kv``.
+
+        Rows from `length` on may hold later tokens (a teacher-forced chunk stores them first): never read them.
+        Returns ``[batch, heads, head_dim]``.
+        """
+
+
+class SelectingPolicy(DecodePolicy):
+    """A decode policy that names rows; gathering and attending are done here.
+
+    Subclasses give `budget` and `select`. Where the budget covers the context, attention is dense and exact.
+    """
+
+    def __init__(self, dense_layers: frozenset[int] = frozenset(), min_length: int = 0) -> None:
+        self.dense_layers = dense_layers
+        self.min_length = min_length
+
+    @abstractmethod
+    def budget(self, length: int) -> int:
+        """Rows that a selection keeps at this context length."""
+
+    @abstractmethod
+    def select(self, layer: LayerView, query: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Row ids int32 ``[batch, heads or kv_heads, k]`` and how many of them count, int32 ``[batch, heads or kv_heads]``."""
+
+    def is_dense(self, layer: LayerView, length: int) -> bool:
+        """Whether this layer reads everything at this length."""
+        if layer.index in self.dense_layers or length < self.min_length or (layer.window and layer.window < length):
+            return True
+        if self.budget(length) >= length:
+            layer.runtime.say_once(f"context of {length} tokens is within the budget of {self.budget(length)}: attention is dense")
+            return True
+        return False
+
+    def decode(self, layer: LayerView, query: Tensor, length: int) -> Tensor:
+        """Dense where `is_dense` says so, otherwise only the selected rows."""
+        if self.is_dense(layer, length):
+            return layer.dense_decode(query, length)
+        indices, counts = self.select(layer, query, length)
+        key, value = layer.rows(length)
+        out = ops.decode_attention(query, key, value, indices=indices, counts=counts, scale=layer.scale)
+        layer.count_selected(indices, counts, length)
+        return out

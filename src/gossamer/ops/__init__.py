@@ -1,0 +1,23 @@
+"""COMPUTE: the operators that every method shares. Each is defined once: contract, PyTorch reference, dispatch to faster kernels."""
+
+from gossamer.ops._dispatch import available_backends, available_isas, set_isa, use_backend
+from gossamer.ops.decode_attention import decode_attention, merge_attention
+from gossamer.ops.label_attention import label_attention
+from gossamer.ops.labels import LabelCache, append_labels, label_scores
+from gossamer.ops.memory import advise_huge_pages
+from gossamer.ops.select_topk import select_topk
+
+__all__ = [
+    "LabelCache",
+    "advise_huge_pages",
+    "append_labels",
+    "available_backends",
+    "available_isas",
+    "decode_attention",
+    "label_attention",
+    "label_scores",
+    "merge_attention",
+    "select_topk",
+    "set_isa",
+    "use_backend",
+]
