@@ -37,7 +37,9 @@ class Calibration:
     def __post_init__(self) -> None:
         for name, tensor in self.tensors.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise CalibrationError(f"calibration of {self.method}: {name} is not finite: check the model's weights and the texts")
+                raise CalibrationError(
+                    f"calibration of {self.method}: {name} is not finite: check the model's weights and the texts"
+                )
 
     def check(self, fingerprint: str) -> None:
         """Raise `CalibrationError` unless it was made for the model with this fingerprint."""
@@ -84,4 +86,6 @@ class Calibration:
                 raise CalibrationError(f"{path} has calibration format {facts['format']}, this version reads {_FORMAT}")
             return cls(facts["method"], facts["fingerprint"], tensors, facts["facts"])
         except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-            raise CalibrationError(f"{path} is damaged or no calibration ({type(error).__name__}): calibrate again") from None
+            raise CalibrationError(
+                f"{path} is damaged or no calibration ({type(error).__name__}): calibrate again"
+            ) from None

@@ -121,7 +121,9 @@ class Method(BaseModel):
     def require(self, calibration: Calibration | None) -> Calibration:
         """The calibration, or a one-line error that says how to get it."""
         if calibration is None:
-            raise CalibrationError(f"{self.slug} needs a calibration: make one with `gossamer calibrate {self.slug} MODEL`")
+            raise CalibrationError(
+                f"{self.slug} needs a calibration: make one with `gossamer calibrate {self.slug} MODEL`"
+            )
         if calibration.method != self.slug:
             raise CalibrationError(f"this calibration was made for {calibration.method}, not for {self.slug}")
         return calibration
@@ -180,14 +182,15 @@ def register(
         needs: what running it requires, as data.
 
     Raises:
-        InputError: the slug is taken, unknown to the catalogue and no baseline, or the class has no docstring.
+        InputError: the slug is taken, the slot or family is unknown, or the class has no docstring.
     """
 
     def add(cls: M) -> M:
         if slot not in SLOTS or family not in FAMILIES:
             raise InputError(f"{slug}: unknown slot {slot!r} or family {family!r}")
-        if slug in _METHODS and _METHODS[slug].__qualname__ != cls.__qualname__:
-            raise InputError(f"the method {slug!r} is registered twice")
+        taken = _METHODS.get(slug)
+        if taken and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise InputError(f"the method {slug!r} is registered twice: by {taken.__module__} and {cls.__module__}")
         if not cls.__doc__:
             raise InputError(f"{slug}: a method needs a docstring")
         system = catalogue().get(slug)
@@ -218,8 +221,20 @@ def methods() -> dict[str, type[Method]]:
 
 
 def nearest(word: str, names: Iterable[str]) -> str:
-    """``"; did you mean a, b?"`` or nothing."""
-    close = difflib.get_close_matches(word, list(names), n=3, cutoff=0.5)
+    """``"; did you mean a, b?"`` or nothing.
+
+    >>> nearest("doublesparse", ["quest", "double-sparsity"])
+    '; did you mean double-sparsity?'
+    >>> nearest("doubel", ["quest", "double-sparsity"])
+    '; did you mean double-sparsity?'
+    """
+
+    def likeness(name: str) -> float:
+        """Of the whole name, or of its beginning: people type the first word."""
+        return max(difflib.SequenceMatcher(None, word, part).ratio() for part in (name, name[: len(word)]))
+
+    ranked = sorted(set(names), key=lambda name: (-likeness(name), name))
+    close = [name for name in ranked[:3] if likeness(name) >= 0.6]
     return f"; did you mean {', '.join(close)}?" if close else ""
 
 
@@ -257,7 +272,14 @@ def rows() -> list[dict[str, Any]]:
         for s in catalogue().values()
     ]
     result += [
-        {"slug": m.slug, "name": m.name, "family": m.family, "slot": m.slot, "status": "available", "baseline": m.baseline}
+        {
+            "slug": m.slug,
+            "name": m.name,
+            "family": m.family,
+            "slot": m.slot,
+            "status": "available",
+            "baseline": m.baseline,
+        }
         for m in known.values()
         if m.slug not in catalogue()
     ]

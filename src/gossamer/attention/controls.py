@@ -44,21 +44,31 @@ class ExactTopKPolicy(SelectingPolicy):
         grouped = query.unflatten(1, (key.shape[1], -1))
         return torch.einsum("bkgd,bksd->bkgs", grouped.float(), key.float()).flatten(1, 2)
 
+    def score_bytes(self, layer: LayerView, length: int) -> int:
+        """All keys."""
+        key, _ = layer.rows(length)
+        return key.numel() * key.element_size()
+
     def select(self, layer: LayerView, query: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Top rows by `scores`."""
         return ops.select_topk(self.scores(layer, query, length), self.budget(length), starts=layer.starts)
 
 
 class RandomPolicy(ExactTopKPolicy):
-    """Rows by chance, from a generator of its own."""
+    """Rows by chance: the same for the same seed, layer and length, whatever was drawn before."""
 
     def __init__(self, tokens: int | float, dense_layers: frozenset[int], seed: int) -> None:
         super().__init__(tokens, dense_layers)
-        self.generator = torch.Generator().manual_seed(seed)
+        self.seed, self.generator = seed, torch.Generator()
 
     def scores(self, layer: LayerView, query: Tensor, length: int) -> Tensor:
         """Uniform noise."""
+        self.generator.manual_seed((self.seed * 1_000_003 + layer.index) * 1_000_003 + length)
         return torch.rand(query.shape[0], query.shape[1], length, generator=self.generator).to(query.device)
+
+    def score_bytes(self, layer: LayerView, length: int) -> int:
+        """Nothing is read to draw."""
+        return 0
 
 
 @register("exact-top-k", slot="attention.decode", family="attention", name="Exact top-k (oracle)", baseline=True)

@@ -119,7 +119,7 @@ class DoubleSparsityPolicy(SelectingPolicy):
     """Scores with the label cache and attends to the best rows in one kernel call."""
 
     def __init__(self, method: DoubleSparsity, channels: list[Tensor]) -> None:
-        super().__init__(frozenset(i % len(channels) for i in method.dense_layers), method.min_length)
+        super().__init__(frozenset(method.dense_layers), method.min_length)
         self.method, self.channels = method, channels
 
     def open(self, layer: LayerView) -> Labels:
@@ -133,22 +133,18 @@ class DoubleSparsityPolicy(SelectingPolicy):
     def labels(self, layer: LayerView) -> ops.LabelCache:
         """Labels of all rows in the cache: new rows, of prefill and decode alike, are appended here."""
         state, kv, channels = cast(Labels, layer.state), layer.kv, self.channels[layer.index]
+        assert kv.key_storage is not None
         if state.cache is None or state.cache.capacity < kv.length:
-            assert kv.key_storage is not None
-            if state.cache is None:
-                state.cache = ops.LabelCache.allocate(
-                    kv.key_storage.shape[0],
-                    channels.shape[0],
-                    kv.capacity,
-                    channels.shape[1],
-                    self.method.label_bits,
-                    kv.key_storage.dtype,
-                    kv.key_storage.device,
-                )
-            state.cache = state.cache.grow(kv.capacity)
+            with torch.inference_mode(False):  # written in and out of inference mode
+                key = kv.key_storage
+                if state.cache is None:
+                    heads, r = channels.shape
+                    state.cache = ops.LabelCache.allocate(
+                        key.shape[0], heads, kv.capacity, r, self.method.label_bits, key.dtype, channels.device
+                    )
+                state.cache = state.cache.grow(kv.capacity)
         if state.rows < kv.length:
-            assert kv.key_storage is not None
-            new = kv.key_storage.narrow(2, state.rows, kv.length - state.rows)
+            new = kv.key_storage.narrow(2, state.rows, kv.length - state.rows).to(channels.device)
             ops.append_labels(state.cache, new, channels, state.rows)
             state.rows = kv.length
         return state.cache
@@ -199,16 +195,34 @@ class DoubleSparsity(AttentionMethod):
     """
 
     tokens: Budget = Field(1 / 16, description="k, rows attended per selection: a count or a fraction of the context")
-    channels: Budget = Field(1 / 4, description="r, label channels: a count or a fraction of head_dim (1/γ in the paper)")
+    channels: Budget = Field(
+        1 / 4, description="r, label channels: a count or a fraction of head_dim (1/γ in the paper)"
+    )
     label_bits: int = Field(4, ge=1, le=16, description="b, bits of a label value; 16 keeps the model's dtype")
     stat: Statistic = Field("qk", description="calibration statistic that ranks channels")
     labels_per: Literal["kv_head", "query_head"] = Field("kv_head", description="heads that have labels of their own")
     select_per: Literal["kv_head", "query_head"] = Field("query_head", description="heads that select for themselves")
-    group_reduce: Literal["sum", "max"] = Field("sum", description="how a KV head's queries vote when they select together")
-    dense_layers: tuple[int, ...] = Field((0, 1), description="layers that read everything; negative counts from the end")
+    group_reduce: Literal["sum", "max"] = Field(
+        "sum", description="how a KV head's queries vote when they select together"
+    )
+    dense_layers: tuple[int, ...] = Field(
+        (0, 1), description="layers that read everything; negative counts from the end"
+    )
     min_length: int = Field(0, ge=0, description="contexts shorter than this are read densely")
     keep_current: bool = Field(True, description="always attend the current token (the paper forces nothing in)")
-    compat: Literal["paper", "released"] = Field("paper", description="'released': the qk statistic of the official script")
+    compat: Literal["paper", "released"] = Field(
+        "paper", description="'released': the qk statistic of the official script"
+    )
+    offload: Literal["none", "file", "host"] = Field(
+        "none", description="where all rows lie: near the model, in a memory-mapped file, or in pinned host memory"
+    )
+    offload_folder: str | None = Field(None, description="folder of the file (default: the system's temporary folder)")
+    sync_layers: tuple[int, ...] = Field(
+        (0, 1, -1), description="offload: layers that choose with their own query and wait"
+    )
+    predict: Literal["previous_layer", "none"] = Field(
+        "previous_layer", description="offload: choose one layer ahead, or ('none') make every layer wait"
+    )
 
     def calibrate(self, model: nn.Module, tokens: Tensor) -> Calibration:
         """Rank the channels of every head on token blocks ``[count, block]``, one block per forward.
@@ -220,15 +234,21 @@ class DoubleSparsity(AttentionMethod):
             CalibrationError: activations are not finite, or layers were never reached.
         """
         if tokens.ndim != 2 or tokens.numel() == 0 or tokens.is_floating_point():
-            raise InputError(f"calibration tokens must be a non-empty integer matrix [blocks, length], got {tuple(tokens.shape)}")
+            raise InputError(
+                f"calibration tokens must be a non-empty integer matrix [blocks, length], got {tuple(tokens.shape)}"
+            )
+        if model.training:
+            raise InputError("calibration needs the model as it will run: call model.eval() first")
         shape, recorder = model_shape(model), _Recorder()
-        hooks: list[Any] = []
-        for view in attention_views(model):
-            for kind, source, heads in (("q", view.q_source, shape.heads), ("k", view.k_source, shape.kv_heads)):
-                if source is not None:
-                    hooks.append(source.register_forward_hook(_pre_rope_hook(recorder, f"{kind}.{view.index}", heads)))
         runtime = AttentionRuntime(model, prefill=recorder)
+        hooks: list[Any] = []
         try:
+            for view in attention_views(model):
+                for kind, source, heads in (("q", view.q_source, shape.heads), ("k", view.k_source, shape.kv_heads)):
+                    if source is not None:
+                        hooks.append(
+                            source.register_forward_hook(_pre_rope_hook(recorder, f"{kind}.{view.index}", heads))
+                        )
             with torch.no_grad():
                 for block in tokens:
                     model(block[None].to(next(model.parameters()).device), use_cache=True)
@@ -253,7 +273,14 @@ class DoubleSparsity(AttentionMethod):
         for layer in range(shape.layers):
             score = calibration.tensors.get(f"{stat}.{layer}")
             if score is None:
-                raise CalibrationError(f"this calibration has no {self.stat} statistic for layer {layer}: use stat='qk'")
+                known = sorted({name.split(".")[0] for name in calibration.tensors})
+                raise CalibrationError(
+                    f"this calibration has no {stat} statistic for layer {layer}, only {', '.join(known)}"
+                )
+            if score.shape not in ((shape.heads, shape.head_dim), (shape.kv_heads, shape.head_dim)):
+                raise CalibrationError(
+                    f"this calibration's {stat}.{layer} has shape {list(score.shape)}: calibrate again"
+                )
             score = label_scores_per(score, shape.kv_heads, self.labels_per, shape.heads)
             result.append(channel_order(score)[:, :r].to(torch.int32).contiguous())
         return result
@@ -263,7 +290,12 @@ class DoubleSparsity(AttentionMethod):
         calibration = self.require(calibration)
         calibration.check(fingerprint(model))
         device = next(model.parameters()).device
-        return DoubleSparsityPolicy(self, [c.to(device) for c in self.label_channels(calibration, model_shape(model))])
+        channels = [c.to(device) for c in self.label_channels(calibration, model_shape(model))]
+        if self.offload == "none":
+            return DoubleSparsityPolicy(self, channels)
+        from gossamer.attention.double_sparsity_offload import OffloadPolicy  # it builds on this file
+
+        return OffloadPolicy(self, channels)
 
     def io_bytes(self, length: int, shape: ModelShape, element_size: int) -> dict[str, int]:
         """The paper's count, ``S·r·b/8 + 2·k·d·bytes`` per head; packed labels add 8 bytes of scale per token and head."""
@@ -303,14 +335,22 @@ def import_channels(path: str | Path, model: nn.Module) -> Calibration:
         data: dict[str, list[list[int]]] = json.loads(Path(path).read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise CalibrationError(f"cannot read the channel file {path}: {error}") from None
+    if not isinstance(data, dict):
+        raise CalibrationError(f"{path} is no channel file: it holds no named layers")
     tensors: dict[str, Tensor] = {}
     for name, rows in data.items():
         match = re.fullmatch(r"model\.layers\.(\d+)\.self_attn\.(q|k|qk)_proj", name)
         if match is None:
             raise CalibrationError(f"{path}: unexpected entry {name!r}")
         layer, stat = int(match[1]), match[2]
-        heads = shape.kv_heads if stat == "k" and len(rows) == shape.kv_heads else shape.heads
-        if layer >= shape.layers or len(rows) != heads or any(sorted(row) != list(range(shape.head_dim)) for row in rows):
+        heads = shape.kv_heads if stat == "k" else shape.heads
+        whole = list(range(shape.head_dim))
+        if (
+            layer >= shape.layers
+            or not isinstance(rows, list)
+            or len(rows) != heads
+            or not all(isinstance(row, list) and sorted(row, key=str) == sorted(whole, key=str) for row in rows)
+        ):
             raise CalibrationError(f"{path}: {name} does not fit this model ({heads} heads, {shape.head_dim} channels)")
         rank = torch.tensor(rows).argsort(dim=-1)
         tensors[f"{stat}.{layer}"] = (shape.head_dim - rank).float()

@@ -77,6 +77,11 @@ class QuestPolicy(SelectingPolicy):
         size = self.method.page_size
         return max(2, -(-resolve(self.method.tokens, length) // size)) * size
 
+    def score_bytes(self, layer: LayerView, length: int) -> int:
+        """Two bounds for every page before the current token's."""
+        key, _ = layer.rows((length - 1) // self.method.page_size)
+        return 2 * key.numel() * key.element_size()
+
     def select(self, layer: LayerView, query: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Rows of the best pages and of the open page, per query head."""
         size, state = self.method.page_size, cast(PageBounds, layer.state)

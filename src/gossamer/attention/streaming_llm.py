@@ -56,10 +56,13 @@ class StreamingPolicy(SelectingPolicy):
         """The fixed pattern, shared by all KV heads."""
         kv_heads = layer.runtime.shape.kv_heads
         ids, counts = sinks_and_recent(layer.starts, query.shape[0], length, self.sinks, self.budget(length))
+        ids, counts = ids.to(query.device), counts.to(query.device)
         return ids.expand(-1, kv_heads, -1).contiguous(), counts.expand(-1, kv_heads).contiguous()
 
 
-@register("streaming-llm", slot="attention.decode", family="attention", name="StreamingLLM (sinks + recent)", baseline=True)
+@register(
+    "streaming-llm", slot="attention.decode", family="attention", name="StreamingLLM (sinks + recent)", baseline=True
+)
 class StreamingLLM(AttentionMethod):
     """Read a few first tokens and the most recent ones, nothing between.
 

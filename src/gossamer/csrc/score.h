@@ -145,27 +145,29 @@ class Scorer {
   enum Mode { kStore, kJoinMax, kJoinSum };
 
   void gather(int64_t b, int64_t head, int64_t count, const int32_t* channels, float* out) {
-    for (int64_t c = 0; c < a.labels.r; ++c) out[c] = 0.0f;
-    for (int64_t g = 0; g < count; ++g) {
-      const int64_t at = b * a.q_batch + (head + g) * a.q_head;
-      for (int64_t c = 0; c < a.labels.r; ++c)
-        out[c] += a.dtype == kBFloat16 ? to_float(static_cast<const bf16*>(a.query)[at + channels[c]])
-                                       : static_cast<const float*>(a.query)[at + channels[c]];
+    for (int64_t c = 0; c < a.labels.r; ++c) {
+      double sum = 0.0;  // sums of queries are taken in double, so that their order doesn't show
+      for (int64_t g = 0; g < count; ++g) {
+        const int64_t at = b * a.q_batch + (head + g) * a.q_head + channels[c];
+        sum += a.dtype == kBFloat16 ? to_float(static_cast<const bf16*>(a.query)[at]) : static_cast<const float*>(a.query)[at];
+      }
+      out[c] = float(sum);
     }
   }
 
   void quantise(const float* x, LabelQuery& query, int8_t* out) {
     const int64_t r = a.labels.r;
-    float top = 0.0f, total = 0.0f;
+    float top = 0.0f;
+    double total = 0.0;
     for (int64_t c = 0; c < r; ++c) {
       top = __builtin_fabsf(x[c]) > top ? __builtin_fabsf(x[c]) : top;
       total += x[c];
     }
-    query.scale = top / 127.0f, query.total = total;
+    query.scale = top / 127.0f, query.total = float(total);
     const float inverse = top > 0.0f ? 127.0f / top : 0.0f;
     for (int64_t c = 0; c < quads * 4; ++c) {
-      const float code = c < r ? x[c] * inverse : 0.0f;
-      out[c] = code >= -127.0f && code <= 127.0f ? int8_t(__builtin_nearbyintf(code)) : 0;  // 0: a NaN or infinite query
+      const float code = c < r ? __builtin_nearbyintf(x[c] * inverse) : 0.0f;
+      out[c] = code >= -127.0f && code <= 127.0f ? int8_t(code) : 0;  // out of range only for a NaN or infinite query
     }
   }
 
@@ -225,7 +227,7 @@ class Scorer {
           dot_codes<C ? C : 8, G>(reinterpret_cast<const uint8_t*>(tile), a.labels.words, quad, dot);
           for (int i = 0; i < kVectors; ++i) {
             const vf by = load(step + i * kLanes), plus = load(zero + i * kLanes);
-            for (int g = 0; g < G; ++g) dot[g].v[i] = fma(by * scale[g], dot[g].v[i], plus * total[g]);
+            for (int g = 0; g < G; ++g) dot[g].v[i] = by * scale[g] * dot[g].v[i] + plus * total[g];
           }
         } else {
           dot_floats<T, G>(tile, a.labels.r, values, dot);

@@ -93,10 +93,10 @@ def passkey(
     def build(rng: random.Random, index: int, size: int) -> Example:
         key = _number(rng)
         at = _spread(index, seed) if depth is None else depth
-        needle = f"The pass key is {key}. Remember it. {key} is the pass key."
+        needle = f"The pass key is {key}. Remember it. The pass key is {key}."
         body = " ".join(_insert(_sentences_from(rng, size), [(at, needle)]))
         head = "There is a pass key hidden in the following text. Remember it.\n\n"
-        tail = "\n\nWhat is the pass key? The pass key is"
+        tail = "\n\nThe pass key is"
         return Example(head + body + tail, f" {key}", {"parts": [key], "depth": at})
 
     return _make("passkey", build, tokenizer, context, n, seed)
@@ -158,9 +158,9 @@ def line_retrieval(tokenizer: PreTrainedTokenizerBase, context: int, n: int, see
         values = [_number(rng) for _ in range(size + 1)]
         at = _spread(index, seed)
         asked = round(at * size)
-        lines = [f"line {number}: the value is {value}" for number, value in enumerate(values, 1)]
+        lines = [f"line {number} -> {value}" for number, value in enumerate(values, 1)]
         head = "A record of numbered lines:\n\n"
-        tail = f"\n\nIn the record above, the value of line {asked + 1} is:\n\nline {asked + 1}: the value is"
+        tail = f"\n\nIn the record above, line {asked + 1} is:\n\nline {asked + 1} ->"
         meta = {"parts": [values[asked]], "line": asked + 1, "depth": at}
         return Example(head + "\n".join(lines) + tail, f" {values[asked]}", meta)
 
@@ -173,7 +173,7 @@ def variable_tracking(
     """A value is assigned to one variable and handed on to others, with prose between; which variables hold it?
 
     hops: how often the value is handed on, 0 to 15; `hops + 1` variables are asked for.
-    meta: `value`, `variables` (in the order of assignment, the same as `parts`).
+    meta: `value`; `parts` are the variables in the order of assignment.
     """
     if not 0 <= hops <= 15:
         raise InputError(f"hops must lie between 0 and 15, not {hops}")
@@ -188,7 +188,7 @@ def variable_tracking(
         head = "Follow the chain of variable assignments hidden in the following text.\n\n"
         tail = f"\n\nThe variables that hold the value {value}, in the order of the text, are: VAR"
         answer = " " + ", VAR ".join(names)
-        return Example(head + body + tail, answer, {"parts": names, "value": value, "variables": names})
+        return Example(head + body + tail, answer, {"parts": names, "value": value})
 
     return _make("variable_tracking", build, tokenizer, context, n, seed)
 
@@ -199,7 +199,7 @@ def common_words(
     """A shuffled list of words in which a few occur far more often than the others; they are asked for.
 
     common: how many, 1 to 10. Half of the list is theirs; the first occurs most often, the last half as often.
-    meta: `words` (the same as `parts`), most frequent first.
+    meta: `parts` are the words, the most frequent first.
     """
     if not 1 <= common <= 10:
         raise InputError(f"common must lie between 1 and 10, not {common}")
@@ -215,7 +215,7 @@ def common_words(
         rng.shuffle(entries)
         head = "A list of words, some of which occur many times:\n\n"
         tail = f"\n\nThe {common} most frequent words of the list above, the most frequent first, are:"
-        return Example(head + ", ".join(entries) + tail, f" {', '.join(frequent)}", {"parts": frequent, "words": frequent})
+        return Example(head + ", ".join(entries) + tail, f" {', '.join(frequent)}", {"parts": frequent})
 
     return _make("common_words", build, tokenizer, context, n, seed)
 
@@ -247,11 +247,16 @@ def _make(
         raise InputError(f"n must be at least 1, not {n}")
     examples = []
     for index in range(n):
-        # A string seeds the same on every platform and in every process.
-        stream = f"{task} {seed} {index}"
-        example, tokens = _fit(lambda size: build(random.Random(stream), index, size), tokenizer, context, task)  # noqa: B023
+        render = functools.partial(_render, build, f"{task} {seed} {index}", index)
+        example, tokens = _fit(render, tokenizer, context, task)
         examples.append(replace(example, meta={**example.meta, "task": task, "tokens": tokens}))
     return examples
+
+
+def _render(build: _Build, stream: str, index: int, size: int) -> Example:
+    """One example with `size` units of filler; its random numbers start anew each time, so that sizes can be compared."""
+    # A string seeds the same on every platform and in every process.
+    return build(random.Random(stream), index, size)
 
 
 def _fit(
@@ -282,7 +287,9 @@ def _fit(
         if too_big is not None:
             size = min(size, too_big - 1)
     if not LEAST_FILL * context <= most <= context:
-        raise InputError(f"a context of {context} tokens is too small for the task {task}, whose frame alone takes {fixed}")
+        raise InputError(
+            f"a context of {context} tokens is too small for the task {task}: its frame alone takes {fixed}"
+        )
     return best, most
 
 
@@ -336,7 +343,8 @@ def _sentences_from(rng: random.Random, count: int) -> list[str]:
 def _sentences() -> tuple[str, ...]:
     """The plain sentences of the part of the prose that calibration never sees: no code, no tables."""
     flat = " ".join(split(text("prose"), "evaluation").split())
-    return tuple(s for s in re.split(r"(?<=[.!?]) +(?=[A-Z])", flat) if re.fullmatch(r"[A-Z][A-Za-z0-9 ,;:'()-]{20,250}[.!?]", s))
+    plain = re.compile(r"[A-Z][A-Za-z0-9 ,;:'()-]{20,250}[.!?]")
+    return tuple(found for found in re.split(r"(?<=[.!?]) +(?=[A-Z])", flat) if plain.fullmatch(found))
 
 
 @functools.cache

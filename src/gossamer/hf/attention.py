@@ -8,7 +8,9 @@ prefill by torch's fused kernel and decode by our own.
 
 from __future__ import annotations
 
+import inspect
 import logging
+import re
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import DynamicCache
-from transformers.masking_utils import flash_attention_mask
+from transformers.masking_utils import flash_attention_mask, sdpa_mask
 
 from gossamer import ops
 from gossamer.errors import InputError, ModelError
@@ -30,7 +32,8 @@ from gossamer.hf.views import attention_views, base_model, model_shape
 
 NAME = "gossamer"
 logger = logging.getLogger("gossamer")
-_RUNTIMES: weakref.WeakKeyDictionary[nn.Module, AttentionRuntime] = weakref.WeakKeyDictionary()
+# The model holds its runtime (by its hook), this table does not: a model that is dropped while attached is freed.
+_RUNTIMES: weakref.WeakKeyDictionary[nn.Module, weakref.ref[AttentionRuntime]] = weakref.WeakKeyDictionary()
 
 
 @dataclass
@@ -41,6 +44,7 @@ class DecodeStats:
     kv_bytes: int = 0
     score_bytes: int = 0
     dense_bytes: int = 0
+    slow_bytes: int = 0
     rows: int = 0
     dense_rows: int = 0
 
@@ -69,6 +73,7 @@ class LayerView:
     def dense_decode(self, query: Tensor, length: int) -> Tensor:
         """Attend to every visible row, and count what that reads."""
         key, value = self.rows(length)
+        key, value = key.to(query.device), value.to(query.device)
         visible = min(length, self.window) if self.window else length
         self.count(visible * key.shape[0] * key.shape[1], length)
         return dense_decode(query, key, value, self.scale, self.starts, self.window)
@@ -209,8 +214,12 @@ class AttentionRuntime:
         model: Any = self.model
         if not getattr(model, "_supports_attention_backend", False) and not model._can_set_attn_implementation():
             raise ModelError(f"{type(model).__name__} is not supported: it does not use the attention interface")
+        if not all(getattr(view.module, "is_causal", True) for view in self.views):
+            raise ModelError(f"{type(model).__name__} is not supported: its attention is not causal")
         if any(view.module in _RUNTIMES for view in self.views):
-            raise ModelError("this model has attention methods attached already: detach them, or stack them in one recipe")
+            raise ModelError(
+                "this model has attention methods attached already: detach them, or stack them in one recipe"
+            )
         self._said: set[str] = set()
         self._cache: Any = None
         self._mask: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
@@ -218,8 +227,11 @@ class AttentionRuntime:
         self._previous = self._config._attn_implementation
         self._config._attn_implementation = NAME
         for view in self.views:
-            _RUNTIMES[view.module] = self
+            _RUNTIMES[view.module] = weakref.ref(self)
+        self._places = self.decode.places if self.decode is not None else None
         self._hook: Any = base_model(self.model).register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        if self.decode is not None:
+            self.decode.attached(self)
 
     @property
     def attached(self) -> bool:
@@ -231,6 +243,8 @@ class AttentionRuntime:
         if self._hook is None:
             return
         self._hook.remove()
+        if self.decode is not None:
+            self.decode.detached()
         self._hook = self._cache = None
         self._config._attn_implementation = self._previous
         for view in self.views:
@@ -238,7 +252,7 @@ class AttentionRuntime:
 
     def say_once(self, message: str) -> None:
         """Log a message the first time it comes up."""
-        key = message.split(":")[-1]
+        key = re.sub(r"\d+", "", message)  # once for every length
         if key not in self._said:
             self._said.add(key)
             logger.warning(message)
@@ -261,27 +275,36 @@ class AttentionRuntime:
         finally:
             self.trace = previous
 
-    def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if len(args) > 1:  # a cache may be given by its place
+            names = list(inspect.signature(module.forward).parameters)
+            args, kwargs = args[:1], {**dict(zip(names[1:], args[1:], strict=False)), **kwargs}
         cache = kwargs.get("past_key_values")
         self._mask = (None, None, None)
+        self._cache = None
         if cache is not None:
-            self._cache = adopt(cache)
-            return None
+            self._cache = weakref.ref(adopt(cache, self._places))  # it is the caller's to keep
+            return args, kwargs
         use_cache = kwargs.get("use_cache")
         if use_cache is None:
             use_cache = getattr(self._config, "use_cache", False)
         if not use_cache or module.training:
-            self._cache = None
-            return None
-        kwargs = {**kwargs, "past_key_values": adopt(DynamicCache(config=self._config))}
-        self._cache = kwargs["past_key_values"]
-        return args, kwargs
+            return args, kwargs
+        cache = adopt(DynamicCache(config=self._config), self._places)
+        self._cache = weakref.ref(cache)
+        return args, {**kwargs, "past_key_values": cache}
+
+    def view_of(self, index: int) -> LayerView | None:
+        """This call's view of a layer, once the layer has been reached with this cache."""
+        cache = self._cache() if self._cache is not None else None
+        return cache.layers[index].views.get(self) if cache is not None and index < len(cache.layers) else None
 
     def _layer(self, module: nn.Module, scale: float, window: int | None, starts: Tensor | None) -> LayerView | None:
         index: int = module.layer_idx  # type: ignore[assignment]
-        if self._cache is None:
+        cache = self._cache() if self._cache is not None else None
+        if cache is None:
             return None
-        kv: KVLayer = self._cache.layers[index]
+        kv: KVLayer = cache.layers[index]
         view: LayerView | None = kv.views.get(self)
         if view is None:
             view = kv.views[self] = LayerView(index, self, kv, scale, window)
@@ -333,15 +356,22 @@ class AttentionRuntime:
                 step = layer.dense_decode
             else:
                 policy = self.decode
+
                 def step(q: Tensor, n: int) -> Tensor:
                     return policy.decode(layer, q, n)
+
             if new == 1:
                 return step(query[:, :, 0], length).unsqueeze(2)
-            first = length - new
-            return torch.stack([step(query[:, :, t], first + t + 1) for t in range(new)], dim=2)
+            outs = []
+            for t, n in enumerate(range(length - new + 1, length + 1)):
+                if starts is not None:
+                    layer.starts = starts.clamp_max(n - 1)  # a query in the padding reads itself
+                outs.append(step(query[:, :, t], n))
+            return torch.stack(outs, dim=2)
+        key, value = key.to(query.device), value.to(query.device)  # from a slower tier, if they lie in one
         if layer is not None and self.prefill is not None:
             return self.prefill.prefill(layer, query, key, value)
-        return dense_attention(query, key, value, scale, starts=starts, window=window)
+        return dense_attention(query, key, value, scale, starts=starts, window=window, dropout=dropout)
 
     def _exact(
         self,
@@ -365,8 +395,11 @@ class AttentionRuntime:
                 holes = holes | torch.eye(length, dtype=torch.bool, device=query.device)[length - new :]
             elif holes.dtype != torch.bool:
                 holes = holes == 0
-        elif softcap is not None and (self.decode is not None or self.prefill is not None):
-            self.say_once("this model caps its attention scores: attention is dense")
+        elif self.decode is not None or self.prefill is not None:
+            if softcap is not None:
+                self.say_once("this model caps its attention scores: attention is dense")
+            elif not self.model.training:
+                self.say_once("gradients are on: attention is dense; use torch.no_grad() to run the method")
         return dense_attention(
             query, key, value, scale, starts=starts, window=window, softcap=softcap, mask=holes, dropout=dropout
         )
@@ -385,22 +418,45 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The function that transformers calls; returns ``[batch, new, heads, head_dim]``."""
-    runtime = _RUNTIMES.get(module)
+    found = _RUNTIMES.get(module)
+    runtime = found() if found is not None else None
     if runtime is None:
-        raise ModelError("this model's attention is set to 'gossamer' but nothing is attached: use gossamer.attach(model, …)")
+        raise ModelError(
+            "this model's attention is set to 'gossamer' but nothing is attached: use gossamer.attach(model, …)"
+        )
     if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
-        raise ModelError(f"{type(module).__name__} is not supported: it adds sinks or a position bias to its attention scores")
+        raise ModelError(
+            f"{type(module).__name__} is not supported: it adds sinks or a position bias to its attention scores"
+        )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     out = runtime.attention(module, query, key, value, attention_mask, scale, sliding_window, softcap, dropout)
     return out.transpose(1, 2).contiguous(), None
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """No mask for a plain causal batch, otherwise the padding mask ``[batch, length]``: the runtime does the rest."""
-    return flash_attention_mask(*args, **kwargs)  # type: ignore[no-any-return]
+    """No mask for a plain causal batch, else the padding mask ``[batch, length]``: the runtime does the rest.
+
+    What is neither causal nor a window (packed sequences, chunks, overlays) comes as a boolean mask of four dimensions.
+    """
+    local, config = kwargs.get("local_size"), kwargs.get("config")
+    plain = local is None or (
+        local == getattr(config, "sliding_window", None) and not getattr(config, "attention_chunk_size", None)
+    )
+    if plain and kwargs.get("allow_is_causal_skip", True):
+        return flash_attention_mask(*args, **kwargs)  # type: ignore[no-any-return]
+    kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+    return sdpa_mask(*args, **kwargs)  # type: ignore[no-any-return]
 
 
 AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, _mask)
 
-__all__ = ["AttentionRuntime", "DecodeStats", "InputError", "LayerView", "dense_attention", "dense_decode", "visible_mask"]
+__all__ = [
+    "AttentionRuntime",
+    "DecodeStats",
+    "InputError",
+    "LayerView",
+    "dense_attention",
+    "dense_decode",
+    "visible_mask",
+]

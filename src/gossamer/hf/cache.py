@@ -8,6 +8,7 @@ writes one row, and capacity doubles when it runs out (an amortised O(1) copy pe
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from gossamer.errors import InputError
+from gossamer.hf.offload import Allocator
 from gossamer.ops.memory import advise_huge_pages
 
 _ROUND = 256  # capacities are multiples of this many rows
@@ -22,6 +24,13 @@ _ROUND = 256  # capacities are multiples of this many rows
 
 def _round_up(rows: int) -> int:
     return -(-rows // _ROUND) * _ROUND
+
+
+def allocate_near(like: Tensor, capacity: int) -> Tensor:
+    """Storage for `capacity` rows in memory, on the device of `like` ``[batch, kv_heads, *, head_dim]``."""
+    storage = like.new_empty(like.shape[0], like.shape[1], capacity, like.shape[3])
+    advise_huge_pages(storage)  # scattered row reads are bound by the TLB with small pages
+    return storage
 
 
 class Derived:
@@ -41,6 +50,8 @@ class KVLayer(CacheLayerMixin):
 
     Args:
         reserve: rows to allocate at the first update at least (default: a quarter more than that update needs).
+        allocate: makes storage like a tensor ``[batch, kv_heads, *, head_dim]`` with so many rows (default: in memory, on
+            the tensor's device). `gossamer.hf.offload` has slower and larger places.
     """
 
     is_compileable = False
@@ -48,8 +59,9 @@ class KVLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, reserve: int = 0, **_: Any) -> None:
+    def __init__(self, reserve: int = 0, allocate: Allocator | None = None, **_: Any) -> None:
         self.reserve = reserve
+        self.allocate = allocate or allocate_near
         self.length = 0
         self.key_storage: Tensor | None = None
         self.value_storage: Tensor | None = None
@@ -82,21 +94,16 @@ class KVLayer(CacheLayerMixin):
         """Bytes of the used rows of keys and values."""
         if self.key_storage is None or self.value_storage is None:
             return 0
-        per_row = sum(s.element_size() * s.shape[0] * s.shape[1] * s.shape[3] for s in (self.key_storage, self.value_storage))
+        per_row = sum(
+            s.element_size() * s.shape[0] * s.shape[1] * s.shape[3] for s in (self.key_storage, self.value_storage)
+        )
         return per_row * self.length
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate storage that fits a first update of this shape."""
         rows = key_states.shape[2]
         capacity = _round_up(max(self.reserve, rows + rows // 4 + 1))
-        self.key_storage = self._allocate(key_states, capacity)
-        self.value_storage = self._allocate(value_states, capacity)
-
-    @staticmethod
-    def _allocate(like: Tensor, capacity: int) -> Tensor:
-        storage = like.new_empty(like.shape[0], like.shape[1], capacity, like.shape[3])
-        advise_huge_pages(storage)  # scattered row reads are bound by the TLB with small pages
-        return storage
+        self.key_storage, self.value_storage = (self._storage(t, capacity) for t in (key_states, value_states))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append rows ``[batch, kv_heads, new, head_dim]``; returns views of all used rows."""
@@ -109,6 +116,18 @@ class KVLayer(CacheLayerMixin):
                 f"the cache holds {self.key_storage.shape[0]} sequences, this step has {key_states.shape[0]}: "
                 "start a new cache for a new batch"
             )
+        for storage, states in ((self.key_storage, key_states), (self.value_storage, value_states)):
+            if states.shape[1] != storage.shape[1] or states.shape[3] != storage.shape[3]:
+                raise InputError(
+                    f"the cache holds {storage.shape[1]} heads of {storage.shape[3]}, this step has {states.shape[1]} of "
+                    f"{states.shape[3]}: a cache belongs to one model"
+                )
+        if torch.is_grad_enabled() and (key_states.requires_grad or self.key_storage.requires_grad):
+            # Rows that a graph remembers must not be written over.
+            self.key_storage = torch.cat([self.key_storage.narrow(2, 0, self.length), key_states], 2)
+            self.value_storage = torch.cat([self.value_storage.narrow(2, 0, self.length), value_states], 2)
+            self.length += new
+            return self.key_storage, self.value_storage
         if self.length + new > self.capacity:
             self._grow(self.length + new)
         self.key_storage.narrow(2, self.length, new).copy_(key_states)
@@ -116,11 +135,24 @@ class KVLayer(CacheLayerMixin):
         self.length += new
         return self.key_storage.narrow(2, 0, self.length), self.value_storage.narrow(2, 0, self.length)
 
+    def _storage(self, like: Tensor, capacity: int) -> Tensor:
+        with torch.inference_mode(False):  # storage made in inference mode could not be written outside it
+            return self.allocate(like, capacity)
+
+    def move(self, allocate: Allocator) -> None:
+        """Keep the rows in another place from now on."""
+        if self.allocate is not allocate:
+            self.allocate = allocate
+            if self.key_storage is not None:
+                self._reallocate(self.capacity)
+
     def _grow(self, rows: int) -> None:
-        capacity = _round_up(max(rows, 2 * self.capacity))
+        self._reallocate(_round_up(max(rows, 2 * self.capacity)))
+
+    def _reallocate(self, capacity: int) -> None:
         for name in ("key_storage", "value_storage"):
             old = getattr(self, name)
-            fresh = self._allocate(old, capacity)
+            fresh = self._storage(old, capacity)
             fresh.narrow(2, 0, self.length).copy_(old.narrow(2, 0, self.length))
             setattr(self, name, fresh)
 
@@ -182,12 +214,14 @@ class GossamerCache(Cache):
 
     def __init__(self, reserve: int = 0) -> None:
         super().__init__(layers=[])
-        self._reserve = reserve
+        self.reserve = reserve
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Append to one layer, creating it if it is new."""
         while len(self.layers) <= layer_idx:
-            self.layers.append(KVLayer(self._reserve))
+            self.layers.append(KVLayer(self.reserve))
         return self.layers[layer_idx].update(key_states, value_states)  # type: ignore[no-any-return]
 
     @property
@@ -196,31 +230,42 @@ class GossamerCache(Cache):
         return sum(layer.nbytes for layer in self.layers)
 
 
-def adopt(cache: Any) -> Any:
+def adopt(cache: Any, places: Sequence[Allocator] | None = None) -> Any:
     """Give a transformers cache our storage, in place, keeping what it holds.
 
     Works on `DynamicCache` and caches like it, so a user's own object goes on being the one that fills.
 
+    Args:
+        places: where each layer's rows go (None: in memory); rows that lie elsewhere are moved.
+
     Raises:
         InputError: for caches that own their storage in another way (static, quantized, offloaded).
     """
-    if isinstance(cache, GossamerCache):
-        return cache
-    if not isinstance(cache, DynamicCache) or getattr(cache, "offloading", False):
-        raise InputError(
-            f"cannot attach to a {type(cache).__name__}: pass a DynamicCache, a GossamerCache, or no cache"
-        )
-    if cache.layer_class_to_replicate is not None:
-        cache.layer_class_to_replicate = KVLayer
-    for i, layer in enumerate(cache.layers):
-        if isinstance(layer, KVLayer):
-            continue
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            raise InputError(f"cannot attach to a cache layer of type {type(layer).__name__}")
-        ours = KVLayer()
-        if layer.is_initialized and layer.get_seq_length() > 0:
-            if layer.get_seq_length() != layer.keys.shape[2]:
-                raise InputError("cannot attach to a sliding-window cache that has already dropped rows: start a new one")
-            ours.update(layer.keys, layer.values)
-        cache.layers[i] = ours
+    if not isinstance(cache, GossamerCache):
+        if not isinstance(cache, DynamicCache) or getattr(cache, "offloading", False):
+            raise InputError(
+                f"cannot attach to a {type(cache).__name__}: pass a DynamicCache, a GossamerCache, or no cache"
+            )
+        if cache.layer_class_to_replicate is not None:
+            cache.layer_class_to_replicate = KVLayer
+        for i, layer in enumerate(cache.layers):
+            if not isinstance(layer, KVLayer):
+                cache.layers[i] = _converted(layer)
+    if places is not None:
+        while len(cache.layers) < len(places):
+            cache.layers.append(KVLayer(getattr(cache, "reserve", 0)))
+        for layer, place in zip(cache.layers, places, strict=True):
+            layer.move(place)
     return cache
+
+
+def _converted(layer: Any) -> KVLayer:
+    """A layer of ours with the contents of transformers' one."""
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        raise InputError(f"cannot attach to a cache layer of type {type(layer).__name__}")
+    ours = KVLayer()
+    if layer.is_initialized and layer.get_seq_length() > 0:
+        if layer.get_seq_length() != layer.keys.shape[2]:
+            raise InputError("cannot attach to a sliding-window cache that has already dropped rows: start a new one")
+        ours.update(layer.keys, layer.values)
+    return ours

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from gossamer import ops
+from gossamer.hf.offload import Allocator
 
 if TYPE_CHECKING:
-    from gossamer.hf.attention import LayerView
+    from gossamer.hf.attention import AttentionRuntime, LayerView
 
 
 class PrefillPolicy(ABC):
@@ -29,6 +30,15 @@ class PrefillPolicy(ABC):
 
 class DecodePolicy(ABC):
     """Chooses which cached keys one new query reads."""
+
+    #: Where each layer's rows are kept (None: in memory, on the model's device).
+    places: list[Allocator] | None = None
+
+    def attached(self, runtime: AttentionRuntime) -> None:
+        """Called once when the policy is on its model (default: nothing to do)."""
+
+    def detached(self) -> None:
+        """Called once when it is taken off; undo what `attached` did (default: nothing)."""
 
     def open(self, layer: LayerView) -> Any:
         """State for a cache layer that this policy has not seen; kept on that layer (default: none)."""
@@ -61,12 +71,22 @@ class SelectingPolicy(DecodePolicy):
     def select(self, layer: LayerView, query: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Row ids int32 ``[batch, heads or kv_heads, k]`` and how many of them count, int32 ``[batch, heads or kv_heads]``."""
 
+    def score_bytes(self, layer: LayerView, length: int) -> int:
+        """Bytes that `select` reads to choose, over all sequences (default: none)."""
+        return 0
+
+    def reads_all(self, layer: LayerView) -> bool:
+        """Whether this is one of the dense layers; negative numbers count from the last."""
+        return layer.index in self.dense_layers or layer.index - layer.runtime.shape.layers in self.dense_layers
+
     def is_dense(self, layer: LayerView, length: int) -> bool:
         """Whether this layer reads everything at this length."""
-        if layer.index in self.dense_layers or length < self.min_length or (layer.window and layer.window < length):
+        if self.reads_all(layer) or length < self.min_length or (layer.window and layer.window < length):
             return True
         if self.budget(length) >= length:
-            layer.runtime.say_once(f"context of {length} tokens is within the budget of {self.budget(length)}: attention is dense")
+            layer.runtime.say_once(
+                f"context of {length} tokens is within the budget of {self.budget(length)}: attention is dense"
+            )
             return True
         return False
 
@@ -77,5 +97,5 @@ class SelectingPolicy(DecodePolicy):
         indices, counts = self.select(layer, query, length)
         key, value = layer.rows(length)
         out = ops.decode_attention(query, key, value, indices=indices, counts=counts, scale=layer.scale)
-        layer.count_selected(indices, counts, length)
+        layer.count_selected(indices, counts, length, self.score_bytes(layer, length))
         return out

@@ -103,7 +103,11 @@ def attention_views(model: nn.Module) -> list[AttentionView]:
     found: dict[int, AttentionView] = {}
     for module in model.modules():
         index = getattr(module, "layer_idx", None)
-        if index is None or not type(module).__name__.endswith("Attention") or getattr(module, "is_cross_attention", False):
+        if (
+            index is None
+            or not type(module).__name__.endswith("Attention")
+            or getattr(module, "is_cross_attention", False)
+        ):
             continue
         q_source = getattr(module, "q_norm", None) or getattr(module, "q_proj", None)
         k_source = getattr(module, "k_norm", None) or getattr(module, "k_proj", None)

@@ -27,6 +27,7 @@ Backend = Literal["reference", "native", "triton"]
 BACKENDS: tuple[str, ...] = ("reference", "native", "triton")
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 """The dtypes that native kernels take, with the code by which they are told."""
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _log = logging.getLogger("gossamer")
 _override: str | None = None
@@ -123,9 +124,9 @@ def resolve(op: str, module: str, tensor: Tensor, *others: Tensor | None) -> Bac
         why = f"no native {tensor.dtype} kernel" if native() is not None else "the native kernels were not built"
         _say_once(f"{op}: {why}; using the PyTorch reference")
     elif kind == "cuda":
-        if getattr(triton_op(module), op, None) is not None:
+        if getattr(triton_op(module), op, None) is not None and tensor.dtype in TRITON_DTYPES:
             return "triton"
-        _say_once(f"{op}: no Triton kernel here; using the PyTorch reference")
+        _say_once(f"{op}: no Triton kernel for {tensor.dtype} here; using the PyTorch reference")
     return "reference"
 
 
@@ -140,6 +141,12 @@ def _forced(name: str, op: str, module: str, tensor: Tensor) -> Backend:
     if name == "triton":
         if getattr(triton_op(module), op, None) is None:
             raise BackendError(f"there is no Triton kernel for {op}")
+        if tensor.dtype not in TRITON_DTYPES:
+            raise BackendError(f"triton {op} takes float32, bfloat16 and float16, got {tensor.dtype}")
+        if tensor.device.type == "cpu" and not importlib.import_module("gossamer.gpu").INTERPRETED:
+            raise BackendError(
+                f"triton {op} runs on CUDA tensors; on CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1 before Python starts)"
+            )
         return "triton"
     return "reference"
 

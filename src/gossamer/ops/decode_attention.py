@@ -156,10 +156,10 @@ def _reference(
         keep = torch.arange(slots, device=query.device) < used[..., None]
         if bool((keep & ((indices < lo[:, None, None]) | (indices >= hi[:, None, None]))).any()):
             _checks.raise_status(_OP, 2)
-        ids = indices.long().masked_fill(~keep, 0).view(batch, kv_heads, -1, 1)
-        keep = keep.view(batch, kv_heads, -1, slots)
+        ids = indices.long().masked_fill(~keep, 0).view(batch, kv_heads, indices.shape[1] // kv_heads * slots, 1)
+        keep = keep.view(batch, kv_heads, indices.shape[1] // kv_heads, slots)
         if rows:
-            k, v = (x.gather(2, ids.expand(-1, -1, -1, dim)).unflatten(2, (-1, slots)) for x in (key, value))
+            k, v = (x.gather(2, ids.expand(-1, -1, -1, dim)).view(*keep.shape, dim) for x in (key, value))
         else:
             k = v = query.new_zeros(*keep.shape, dim)
     # Rows outside the selection may be uninitialised: zero weights alone would let a NaN through.

@@ -298,7 +298,8 @@ def _append_reference(
         low, levels = values.amin(-1, keepdim=True), float((1 << bits) - 1)
         span = values.amax(-1, keepdim=True) - low
         span = torch.where(span == 0, torch.ones_like(span), span)
-        quantised = ((values - low) * (levels / span)).round().clamp(0, levels)
+        # A true division: torch turns scalar / tensor into a reciprocal, which rounds twice.
+        quantised = ((values - low) * (torch.full_like(span, levels) / span)).round().clamp(0, levels)
         if step is None or zero is None:
             values = quantised * (span / levels) + low
         else:
@@ -329,15 +330,15 @@ def _scores_reference(
     per_head = channels.repeat_interleave(group, dim=0)
     q = _gather_channels("label_scores", query.float().unsqueeze(2), per_head).view(batch, labels.heads, group, -1)
     if reduce == "sum":
-        q = q.sum(2, keepdim=True)
+        q = q.double().sum(2, keepdim=True).float()
     values = _unpack(labels, 0, length).transpose(-1, -2)  # [B, Hlab, r, length]
     if labels.step is None or labels.zero is None:
         scores = q @ values
     else:
         top = q.abs().amax(-1, keepdim=True)
-        rounded = (q * torch.where(top > 0, 127.0 / top, 0.0)).round()
+        rounded = (q * torch.where(top > 0, torch.full_like(top, 127.0) / top, 0.0)).round()
         step, zero = (x.flatten(2)[:, :, None, :length] for x in (labels.step, labels.zero))
-        scores = (top / 127.0) * step * (rounded @ values) + zero * q.sum(-1, keepdim=True)
+        scores = (top / 127.0) * step * (rounded @ values) + zero * q.double().sum(-1, keepdim=True).float()
     if reduce != "none":
         scores = scores.flatten(1, 2).unflatten(1, (kv_heads, -1))
         scores = scores.sum(2) if reduce == "sum" else scores.amax(2)

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator
 
+_WANTED = "must be a count like 256 or a fraction like 0.0625 or 1/16"
+
 
 def parse(value: Any) -> Any:
     """Read ``"1/16"``, ``"0.25"`` and ``"256"``; other values pass unchanged.
@@ -22,7 +24,9 @@ def parse(value: Any) -> Any:
                 return float(Fraction(text))
             return float(text) if "." in text else int(text)
         except (ValueError, ZeroDivisionError):
-            raise ValueError("must be a count like 256 or a fraction like 0.0625 or 1/16") from None
+            raise ValueError(_WANTED) from None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(_WANTED)
     return value
 
 

@@ -1,0 +1,462 @@
+"""The `gossamer` command. Each error is one line that says what to do; ``--debug`` shows the trace."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from gossamer import __version__
+from gossamer.errors import GossamerError, InputError, OutputError
+
+app = typer.Typer(
+    name="gossamer",
+    help="Make neural networks sparse, and measure what that saves and what it costs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+out, err = Console(), Console(stderr=True)
+_debug = False
+
+
+class Format(StrEnum):
+    """How to print rows."""
+
+    table = "table"
+    json = "json"
+    markdown = "markdown"
+
+
+ModelArg = Annotated[
+    str, typer.Argument(help="smollm2 (the default model), a folder, a GGUF file, or a hub id.", metavar="MODEL")
+]
+FormatOpt = Annotated[Format, typer.Option("--format", "-f", help="How to print.")]
+SetOpt = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", help="A setting, as name=value. May be repeated.", metavar="NAME=VALUE"),
+]
+DtypeOpt = Annotated[str | None, typer.Option(help="float32 or bfloat16 (default: the model's own).")]
+ThreadsOpt = Annotated[int | None, typer.Option(min=1, help="Threads to compute with (default: all cores).")]
+
+
+def _version(show: bool) -> None:
+    if show:
+        out.print(f"gossamer {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the trace of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    global _debug
+    _debug = debug
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr, fed with (what, done, total)."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda what, done, total: bar.update(task, description=what[:48], completed=done, total=total)
+
+
+def _table(rows: Sequence[dict[str, Any]], title: str | None = None, right: Sequence[str] = ()) -> None:
+    table = Table(title=title, box=None, pad_edge=False, header_style="bold")
+    for name in rows[0] if rows else ():
+        table.add_column(name.replace("_", " "), justify="right" if name in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*("" if v is None else f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
+    out.print(table)
+
+
+def _emit(rows: Sequence[dict[str, Any]], format_: Format, right: Sequence[str] = ()) -> None:
+    """Rows as a terminal table, JSON, or a Markdown table."""
+    if format_ is Format.json:
+        print(json.dumps(list(rows), indent=1))
+    elif format_ is Format.markdown:
+        names = list(rows[0]) if rows else []
+        print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
+        for row in rows:
+            print("| " + " | ".join(str(value).replace("|", "\\|") for value in row.values()) + " |")
+    else:
+        _table(rows, right=right)
+
+
+def _settings(pairs: Sequence[str] | None) -> dict[str, Any]:
+    """``name=value`` pairs; values are read as YAML, so numbers, lists and booleans come out as such."""
+    import yaml
+
+    result: dict[str, Any] = {}
+    for pair in pairs or ():
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise InputError(f"--set takes name=value, got {pair!r}")
+        result[name.strip()] = yaml.safe_load(value)
+    return result
+
+
+def _load(model: str, dtype: str | None, threads: int | None) -> Any:
+    import torch
+
+    from gossamer.models import load
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return load(model, dtype=dtype)
+
+
+def _writable(path: Path) -> Path:
+    """Fail before the work, not after it, if a file cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe = path.with_name(f".{path.name}.probe")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from None
+    return path
+
+
+@app.command("list")
+def list_(
+    family: Annotated[str | None, typer.Option(help="Only this family.")] = None,
+    available: Annotated[bool, typer.Option("--available", help="Only what runs today.")] = False,
+    format_: FormatOpt = Format.table,
+) -> None:
+    """List the systems of the catalogue and the baselines."""
+    from gossamer.registry import FAMILIES, nearest, rows
+
+    if family is not None and family not in FAMILIES:
+        raise InputError(f"no family is called {family!r}{nearest(family, FAMILIES)}; there are: {', '.join(FAMILIES)}")
+    chosen = [r for r in rows() if family in (None, r["family"]) and (not available or r["status"] == "available")]
+    if format_ is Format.table:
+        shown = [{**r, "baseline": "baseline" if r["baseline"] else ""} for r in chosen]
+        _emit(shown, format_)
+        systems = [r for r in chosen if not r["baseline"]]
+        ready = sum(r["status"] == "available" for r in systems)
+        out.print(
+            f"\n{len(systems)} systems ({ready} available), {len(chosen) - len(systems)} baselines. `gossamer show SLUG` tells more."
+        )
+    else:
+        _emit(chosen, format_)
+
+
+def _about(method: Any) -> str:
+    """A method's docstring as prose: no markup, no doctest, paragraphs on one line each."""
+    import inspect
+
+    paragraphs = (inspect.getdoc(method) or "").split("\n\n")
+    return "\n\n".join(" ".join(p.split()) for p in paragraphs if not p.startswith(">>>")).replace("``", "")
+
+
+@app.command()
+def show(
+    slug: Annotated[str, typer.Argument(help="A system or baseline.", metavar="SLUG")],
+    format_: FormatOpt = Format.table,
+) -> None:
+    """Show one system: its paper, what it does, its settings, what its paper claims."""
+    from dataclasses import asdict
+
+    from gossamer.registry import catalogue, method, methods
+
+    known = methods().get(slug)
+    system = catalogue().get(slug)
+    if system is None and known is None:
+        method(slug)  # raises, with the nearest names
+    facts: dict[str, Any] = {
+        "slug": slug,
+        "status": "available" if known else "planned",
+        "baseline": bool(known and known.baseline),
+    }
+    if system is not None:
+        facts.update({k: v for k, v in asdict(system).items() if k != "slug"})
+    if known is not None:
+        facts.update({"name": known.name, "family": known.family, "slot": known.slot})
+        facts["settings"] = [
+            {"name": n, "default": f.get_default(call_default_factory=True), "description": f.description or ""}
+            for n, f in known.model_fields.items()
+        ]
+        facts["about"] = _about(known)
+    if format_ is Format.json:
+        print(json.dumps(facts, indent=1, default=str))
+        return
+    if format_ is Format.markdown:
+        print(f"# {facts['name']}\n")
+        for name, value in facts.items():
+            if name not in ("name", "settings", "claims", "about"):
+                print(f"- **{name}**: {', '.join(map(str, value)) if isinstance(value, list | tuple) else value}")
+        if facts.get("about"):
+            print(f"\n{facts['about']}")
+        for title, part in (("Settings", "settings"), ("The paper's claims", "claims")):
+            if facts.get(part):
+                print(f"\n## {title}\n")
+                _emit([dict(row) for row in facts[part]], format_)
+        return
+    out.print(f"[bold]{facts['name']}[/bold]  ({facts['status']}{', baseline' if facts['baseline'] else ''})")
+    if system is not None:
+        out.print(
+            f"{system.title}, {system.venue}" + ("" if str(system.year) in system.venue else f" ({system.year})"),
+            highlight=False,
+        )
+        out.print(
+            f"\n{system.summary}\n\nSparse: {system.sparse}\nWhen:   {system.when}   Needs: {', '.join(system.needs) or 'nothing'}",
+            highlight=False,
+        )
+    out.print(f"Family: {facts['family']}   Slot: {facts['slot']}", highlight=False)
+    if known is not None:
+        out.print(f"\n{facts['about']}\n", highlight=False, markup=False)
+        _table([{**row, "default": str(row["default"])} for row in facts["settings"]], title="Settings")
+    if system is not None and system.claims:
+        out.print()
+        _table(
+            [asdict(claim) for claim in system.claims], title="What the paper claims (literature, not measured here)"
+        )
+
+
+@app.command()
+def compare(
+    model: ModelArg = "smollm2",
+    methods: Annotated[
+        str | None, typer.Option(help="Slugs, with commas between (default: double-sparsity,streaming-llm,quest).")
+    ] = None,
+    family: Annotated[str | None, typer.Option(help="All available methods of a family instead.")] = None,
+    budget: Annotated[str, typer.Option(help="Token budget of every method: a count or a fraction.")] = "1/16",
+    recipe: Annotated[list[Path] | None, typer.Option(help="A recipe to measure too. May be repeated.")] = None,
+    context: Annotated[int, typer.Option(min=2, help="Tokens of context.")] = 4096,
+    decode: Annotated[int, typer.Option(min=1, help="Known tokens decoded and scored per stretch of text.")] = 64,
+    segments: Annotated[int, typer.Option(min=1, help="Stretches of text.")] = 2,
+    tasks: Annotated[str, typer.Option(help="Tasks, with commas between; empty for none.")] = "passkey",
+    examples: Annotated[int, typer.Option(min=0, help="Prompts per task.")] = 4,
+    text: Annotated[str, typer.Option(help="Evaluation text: prose, code, or a path.")] = "prose",
+    seed: Annotated[int, typer.Option(help="Seed of texts and tasks.")] = 0,
+    dtype: DtypeOpt = None,
+    threads: ThreadsOpt = None,
+    html: Annotated[Path | None, typer.Option(help="Write a report to this HTML file.")] = None,
+    json_: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this JSON file.")] = None,
+    format_: FormatOpt = Format.table,
+) -> None:
+    """Measure methods side by side on one model: quality kept, time and bytes saved."""
+    from gossamer.measure import report
+    from gossamer.measure.compare import Entry, Plan, entries_of
+    from gossamer.measure.compare import compare as run
+    from gossamer.patterns.budget import parse
+    from gossamer.recipe import Recipe
+    from gossamer.registry import make, method
+    from gossamer.registry import methods as registered
+
+    for path in (html, json_):
+        if path is not None:
+            _writable(path)
+    slugs = [s.strip() for s in (methods or "double-sparsity,streaming-llm,quest").split(",") if s.strip()]
+    if family is not None:
+        slugs = [s for s, m in registered().items() if m.family == family]
+        if not slugs:
+            raise InputError(f"no method of the family {family!r} is available: see `gossamer list`")
+    value = parse(budget)
+    chosen: list[Any] = [make(s, **({"tokens": value} if "tokens" in method(s).model_fields else {})) for s in slugs]
+    plan = Plan(
+        context=context,
+        decode_tokens=decode,
+        segments=segments,
+        tasks=tuple(t.strip() for t in tasks.split(",") if t.strip()),
+        examples=examples,
+        seed=seed,
+        source=text,
+    )
+    recipes = [(path, Recipe.load(path)) for path in recipe or ()]
+    with _progress() as progress:
+        progress(f"loading {model}", 0, 1)
+        loaded = _load(model, dtype, threads)
+        entries = entries_of(loaded, chosen, progress)
+        for path, loaded_recipe in recipes:
+            if len(loaded_recipe.steps) != 1:
+                raise InputError(f"{path}: compare takes recipes of one attention method for now")
+            step = loaded_recipe.steps[0]
+            one: Any = step.method
+            entries.append(Entry(one, f"{one.name} ({path.stem})", step.load_calibration(path.parent)))
+        comparison = run(loaded, chosen, plan, progress, entries)
+    if json_ is not None:
+        comparison.save(json_)
+    if html is not None:
+        report.html(comparison, html)
+    if format_ is Format.json:
+        print(json.dumps(comparison.to_dict(), indent=1))
+    elif format_ is Format.markdown:
+        print(report.to_markdown(comparison))
+    else:
+        report.table(comparison, out)
+    for path in (html, json_):
+        if path is not None:
+            err.print(f"wrote {path}", highlight=False)
+
+
+@app.command()
+def calibrate(
+    slug: Annotated[str, typer.Argument(help="A method that needs calibration.", metavar="SLUG")],
+    model: ModelArg = "smollm2",
+    output: Annotated[
+        Path | None, typer.Option("--out", "-o", help="File to write (default: SLUG.safetensors).")
+    ] = None,
+    text: Annotated[str, typer.Option(help="Calibration text: prose, code, or a path.")] = "prose",
+    blocks: Annotated[int, typer.Option(min=1, help="Blocks of 512 tokens.")] = 16,
+    set_: SetOpt = None,
+    dtype: DtypeOpt = None,
+    threads: ThreadsOpt = None,
+) -> None:
+    """Learn what a method needs from a text, and keep it in a file."""
+    from gossamer.measure.compare import calibration_tokens
+    from gossamer.registry import make
+
+    made: Any = make(slug, **_settings(set_))
+    if "calibration" not in made.needs:
+        raise InputError(f"{slug} needs no calibration: attach it as it is")
+    path = _writable(output if output is not None else Path(f"{slug}.safetensors"))
+    with _progress() as progress:
+        progress(f"loading {model}", 0, 2)
+        loaded = _load(model, dtype, threads)
+        progress("calibrating", 1, 2)
+        calibration = made.calibrate(loaded.model, calibration_tokens(loaded, text, blocks))
+    calibration.save(path)
+    out.print(f"wrote {path} ({path.stat().st_size / 1e3:.0f} kB, for {loaded.name})", highlight=False)
+
+
+@app.command()
+def generate(
+    model: ModelArg,
+    prompt: Annotated[str, typer.Argument(help="The prompt, or - to read it from standard input.", metavar="PROMPT")],
+    recipe: Annotated[Path | None, typer.Option(help="A recipe to run with.")] = None,
+    tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens to make at most.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy; above it, sample.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Mass to sample from.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
+    dtype: DtypeOpt = None,
+    threads: ThreadsOpt = None,
+) -> None:
+    """Continue a prompt, streaming, with or without a recipe."""
+    from gossamer.generation import generate as run
+    from gossamer.recipe import Recipe
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text.strip():
+        raise InputError("the prompt is empty")
+    loaded_recipe = Recipe.load(recipe) if recipe is not None else None
+    loaded = _load(model, dtype, threads)
+
+    def write(piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    run(
+        loaded,
+        text,
+        loaded_recipe,
+        max_new_tokens=tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        chat=chat,
+        write=write,
+    )
+    sys.stdout.write("\n")
+
+
+@app.command()
+def bench(
+    op: Annotated[str | None, typer.Argument(help="An operator (default: list them).", metavar="OP")] = None,
+    contexts: Annotated[str, typer.Option(help="Context lengths, with commas between.")] = "8192,32768",
+    dtypes: Annotated[str, typer.Option(help="dtypes, with commas between.")] = "float32,bfloat16",
+    threads: ThreadsOpt = None,
+    format_: FormatOpt = Format.table,
+) -> None:
+    """Time an operator beside torch and our own dense kernel, and beside what the memory gives."""
+    import torch
+
+    from gossamer.measure import bench as benches
+
+    if op is None:
+        out.print("operators: " + ", ".join(benches.OPERATORS), highlight=False)
+        return
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        lengths = tuple(int(c) for c in contexts.split(","))
+    except ValueError:
+        raise InputError(f"--contexts takes numbers with commas between, got {contexts!r}") from None
+    with _progress() as progress:
+        progress(f"timing {op}", 0, 1)
+        rows = benches.run(op, contexts=lengths, dtypes=tuple(d.strip() for d in dtypes.split(",")))
+    _emit(rows, format_, right=("ms", "context", "ratio_to_native_dense", "ratio_to_torch", "bandwidth_share"))
+
+
+@app.command()
+def reproduce(
+    slug: Annotated[str | None, typer.Argument(help="A system.", metavar="SLUG")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="Every system that has an experiment.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for the result (default: results).")
+    ] = None,
+) -> None:
+    """Run the small experiment of a system and judge its paper's claim."""
+    from gossamer import reproductions
+
+    if (slug is None) == (not all_):
+        raise typer.BadParameter("name one system, or pass --all")
+    for name in reproductions.reproductions() if all_ else [slug]:
+        assert name is not None
+        with _progress() as progress:
+            result = reproductions.run(name, progress, output)
+        out.print(f"[bold]{name}[/bold]: {result['verdict']}", highlight=False)
+        for part in ("claim", "setting", "threshold", "measured", "explanation"):
+            if result[part]:
+                out.print(f"  {part:<11} {result[part]}", highlight=False)
+
+
+@app.command()
+def scoreboard(
+    output: Annotated[Path | None, typer.Option("--results", help="Folder of results (default: results).")] = None,
+    format_: FormatOpt = Format.table,
+) -> None:
+    """Show all systems with the verdict of their reproduction."""
+    from gossamer import reproductions
+
+    rows = reproductions.scoreboard(output)
+    if format_ is Format.table:
+        _emit([{k: r[k] for k in ("slug", "status", "verdict", "measured")} for r in rows], format_)
+    else:
+        _emit(rows, format_)
+
+
+def main() -> None:
+    """Run the command; errors of ours are one line and exit code 1, usage errors 2."""
+    try:
+        app()
+    except GossamerError as error:
+        if _debug:
+            traceback.print_exc()
+        err.print(f"gossamer: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        err.print("gossamer: interrupted")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

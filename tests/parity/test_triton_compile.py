@@ -1,0 +1,87 @@
+"""Every kernel compiles for an H100 (sm_90) down to machine code, with what the wrappers really pass; no GPU needed.
+
+The interpreter accepts much that the compiler refuses, and says nothing of shared memory. So the wrappers are called on CPU tensors in a
+process of its own, where a stand-in for the driver names the target and launches are turned into compilations.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+
+SHARED_MEMORY = 227 * 1024 // 2
+"""Bytes that let two programs run on a multiprocessor of an H100."""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Triton's CUDA assembler comes with the Linux wheels")
+def test_kernels_compile_for_an_h100(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=900)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
+    assert {line.split()[0] for line in run.stdout.splitlines()} == {
+        "_attend",
+        "_merge",
+        "_select",
+        "_append",
+        "_score",
+    }
+
+
+def main():
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    from gossamer.gpu.decode_attention import decode_attention
+    from gossamer.gpu.labels import append_labels, label_scores
+    from gossamer.gpu.select_topk import select_topk
+    from gossamer.ops import LabelCache
+
+    class H100:
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, _):
+            return 0
+
+    driver.set_active(H100())
+    launch = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
+        assert kernel.asm["cubin"]
+        assert kernel.metadata.shared <= SHARED_MEMORY, (self.__name__, kernel.metadata.shared)
+        print(self.__name__, kernel.metadata.shared, flush=True)
+
+    JITFunction.run = compile_only
+
+    def ids(*shape):
+        return torch.zeros(shape, dtype=torch.int32)
+
+    for dim, dtype in ((128, torch.bfloat16), (80, torch.float16), (256, torch.float32)):
+        query, key = torch.zeros(2, 16, dim, dtype=dtype), torch.zeros(2, 4, 2048, dim, dtype=dtype)
+        decode_attention(query, key, key, starts=ids(2), lengths=ids(2), scale=1.0)
+        decode_attention(query, key, key, indices=ids(2, 4, 256), counts=ids(2, 4), scale=1.0)
+    decode_attention(query, key, key, indices=ids(2, 16, 64), scale=1.0)
+    select_topk(torch.zeros(2, 4, 500), 256, starts=ids(2), lengths=ids(2))
+    select_topk(torch.zeros(1, 4, 200000), 256)  # in chunks
+    for bits, r in ((1, 32), (4, 32), (8, 128), (12, 40), (16, 128)):
+        labels = LabelCache.allocate(2, 4, 2048, r, bits, torch.bfloat16)
+        query, key = torch.zeros(2, 16, 128).bfloat16(), torch.zeros(2, 4, 100, 128).bfloat16()
+        append_labels(labels, key, ids(4, r), 7)
+        for reduce in ("none", "sum") if r > 32 else ("max",):
+            label_scores(query, ids(4, r), labels, 2000, lengths=ids(2), reduce=reduce, kv_heads=4, protect_last=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,309 @@
+"""The Triton kernels against the references: on the GPU where there is one, else in Triton's interpreter.
+
+The interpreter must be chosen before Triton is imported, so `test_triton_interpreter.py` runs this file in a process of its own. By hand:
+`TRITON_INTERPRET=1 pytest tests/parity/test_triton_kernels.py`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("no GPU: test_triton_interpreter.py runs this file in Triton's interpreter", allow_module_level=True)
+
+from gossamer.ops import LabelCache, append_labels, decode_attention, label_attention, label_scores, select_topk
+from gossamer.ops import use_backend as backend
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+TOLERANCE = {F32: 2e-5, BF16: 2e-2, F16: 3e-3}
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(7)
+    torch.set_default_device(DEVICE)
+    yield
+    torch.set_default_device(None)
+
+
+def both(call):
+    with backend("reference"):
+        want = call()
+    with backend("triton"):
+        got = call()
+    return want, got
+
+
+def ints(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def cache(batch, kv_heads, rows, dim, dtype, spare=3):
+    """Keys or values as a view with odd strides of a larger buffer."""
+    buffer = torch.full((batch + 1, rows + spare, kv_heads, dim + 4), math.nan, dtype=dtype)
+    view = buffer[1:, :rows, :, :dim].transpose(1, 2)
+    view.copy_(torch.randn(view.shape))
+    return view
+
+
+def close(want, got, dtype):
+    torch.testing.assert_close(got.float(), want.float(), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def check_attention(call, dtype):
+    (out, lse), (got, got_lse) = both(call)
+    assert got.dtype is dtype
+    assert got_lse.dtype is F32
+    close(out, got, dtype)
+    torch.testing.assert_close(got_lse, lse, atol=1e-4, rtol=1e-4)
+
+
+SHAPES = [
+    (60, 3, 3, 63, F32),
+    (80, 6, 2, 63, BF16),
+    (128, 8, 2, 65, F16),
+    (64, 8, 1, 33, F32),
+    (16, 4, 4, 1, BF16),
+    (128, 34, 2, 33, F32),
+]
+
+
+@pytest.mark.parametrize(("dim", "heads", "kv_heads", "rows", "dtype"), SHAPES)
+def test_dense_attention(dim, heads, kv_heads, rows, dtype):
+    query = torch.randn(2, heads, dim + 2).to(dtype)[..., 1:-1]
+    key, value = (cache(2, kv_heads, rows, dim, dtype) for _ in range(2))
+    check_attention(lambda: decode_attention(query, key, value, return_lse=True), dtype)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_attention_in_slices_over_ragged_ranges(dtype, monkeypatch):
+    from gossamer.gpu import decode_attention as kernels
+
+    monkeypatch.setattr(kernels, "ROWS_PER_SLICE", 16)
+    query = torch.randn(4, 6, 80, dtype=dtype)
+    key, value = (cache(4, 2, 130, 80, dtype) for _ in range(2))
+    starts, lengths = ints(0, 29, 50, 129), ints(130, 97, 50, 130)  # the third is empty
+    for b in range(4):  # what is not attended may hold anything
+        for x in (key, value):
+            x[b, :, : starts[b]] = math.nan
+            x[b, :, lengths[b] :] = math.nan
+    call = lambda: decode_attention(query, key, value, starts=starts, lengths=lengths, scale=0.3, return_lse=True)  # noqa: E731
+    check_attention(call, dtype)
+    with backend("triton"):
+        out, lse = call()
+    assert not out[2].any()
+    assert (lse[2] == -math.inf).all()
+
+
+@pytest.mark.parametrize(("selected", "rows_per_slice"), [("kv_head", 256), ("query_head", 256), ("kv_head", 16)])
+@pytest.mark.parametrize(("dim", "heads", "kv_heads", "rows", "dtype"), SHAPES[:4])
+def test_indexed_attention(dim, heads, kv_heads, rows, dtype, rows_per_slice, selected, monkeypatch):
+    from gossamer.gpu import decode_attention as kernels
+
+    monkeypatch.setattr(kernels, "ROWS_PER_SLICE", rows_per_slice)
+    query = torch.randn(2, heads, dim).to(dtype)
+    key, value = (cache(2, kv_heads, rows, dim, dtype) for _ in range(2))
+    lines = heads if selected == "query_head" else kv_heads
+    indices = torch.randint(2, rows - 2, (2, lines, 70), dtype=torch.int32)  # with repeats
+    counts = torch.randint(1, 71, (2, lines), dtype=torch.int32)
+    counts[0, 0], counts[1, 0] = 0, 70
+    for x in (key, value):
+        x[:, :, :2] = math.nan
+        x[:, :, rows - 2 :] = math.nan
+    used = torch.arange(70) < counts[..., None]
+    indices = indices.masked_fill(~used, 2**31 - 1)  # beyond the counts anything may stand
+    check_attention(lambda: decode_attention(query, key, value, indices=indices, counts=counts, return_lse=True), dtype)
+    lengths = ints(rows, rows)
+    call = lambda: decode_attention(query, key, value, lengths=lengths, indices=indices.clamp(max=9), return_lse=True)  # noqa: E731
+    check_attention(call, dtype)
+
+
+def test_nothing_to_attend():
+    query = torch.randn(2, 4, 32)
+    for rows, indices in ((0, None), (0, ints().view(1, 1, 0).expand(2, 2, 0)), (5, torch.zeros(2, 2, 0).int())):
+        key = torch.randn(2, 2, rows, 32)
+        with backend("triton"):
+            out, lse = decode_attention(query, key, key, indices=indices, return_lse=True)
+        assert not out.any()
+        assert (lse == -math.inf).all()
+
+
+def test_ids_out_of_range_are_not_read():
+    query, key = torch.randn(1, 2, 16), torch.randn(1, 2, 20, 16)
+    indices = ints(3, -1, 20, 10**9, 7).expand(1, 2, 5)
+    with backend("triton"):
+        got = decode_attention(query, key, key, indices=indices)
+    with backend("reference"):
+        want = decode_attention(query, key, key, indices=ints(3, 7).expand(1, 2, 2))
+    close(want, got, F32)
+
+
+def awkward_scores(*shape):
+    """Scores with ties, both zeros, both infinities, NaN, denormals; strided."""
+    scores = (torch.randn(*shape[:-1], shape[-1] + 3) * 4).round(decimals=1)[..., 1:-2]
+    special = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 1e-41, -1e-41, 3.4e38, -3.4e38])
+    where = torch.rand(shape) < 0.3
+    return torch.where(where, special[torch.randint(0, 9, shape)], scores)
+
+
+def check_topk(scores, k, **ranges):
+    (ids, counts), (got, got_counts) = both(lambda: select_topk(scores, k, **ranges))
+    assert torch.equal(counts, got_counts)
+    assert torch.equal(ids, got)
+
+
+@pytest.mark.parametrize("k", [1, 2, 30, 62, 63, 64, 200])
+def test_topk(k):
+    scores = awkward_scores(3, 1, 63)
+    scores[2] = scores[2].where(torch.rand(1, 63) < 0.2, 1.0)
+    check_topk(scores, k)
+
+
+def test_topk_of_ragged_lines():
+    for k in (1, 9):
+        check_topk(awkward_scores(3, 2, 63), k, starts=ints(5, 7, 40), lengths=ints(63, 7, 41))
+
+
+def test_topk_of_all_distinct_and_of_blocks():
+    scores = torch.randn(1, 1, 300)
+    for k in (1, 150, 299):
+        check_topk(scores, k)
+    check_topk(torch.full((1, 1, 0), 1.0), 3)
+
+
+@pytest.mark.parametrize("k", [1, 12])
+def test_topk_in_chunks(k, monkeypatch):
+    from gossamer.gpu import select_topk as kernels
+
+    monkeypatch.setattr(kernels, "CHUNK", 32)
+    scores = awkward_scores(2, 1, 125)
+    scores[0] = scores[0].where(torch.rand(1, 125) < 0.1, 1.0)  # mostly ties, over all chunks
+    check_topk(scores, k, starts=ints(1, 33), lengths=ints(125, 121))
+
+
+BITS = [1, 2, 3, 4, 6, 8, 9, 12, 16]
+
+
+def labelled(bits, r, batch=2, heads=2, kv_heads=2, tokens=50, dim=60, dtype=F32):
+    """A filled cache (by the reference), its channels, its keys."""
+    labels = LabelCache.allocate(batch, heads, tokens + 5, r, bits, dtype, device=DEVICE)
+    channels = torch.stack([torch.randperm(dim)[:r] for _ in range(heads)])
+    with backend("reference"):
+        key = torch.randn(batch, kv_heads, tokens, dim).to(dtype)
+        append_labels(labels, key, channels, 0)
+    return labels, channels, key
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("r", "heads", "start", "tokens", "dtype"), [(7, 2, 5, 30, F32), (32, 6, 16, 1, BF16)])
+def test_append(bits, r, heads, start, tokens, dtype):
+    key = cache(2, 2, tokens, 60, dtype)
+    key[0, 0, 0] = 1.5  # a constant row
+    channels = torch.stack([torch.randperm(60)[:r] for _ in range(heads)])
+
+    def call():
+        labels = LabelCache.allocate(2, heads, 50, r, bits, dtype, device=DEVICE)
+        for x in (labels.codes, labels.step, labels.zero):
+            if x is not None:
+                x.fill_(77)  # other tokens must keep what they hold
+        append_labels(labels, key, channels, start)
+        return labels
+
+    want, got = both(call)
+    if 9 <= bits < 16 and dtype is BF16 and DEVICE == "cpu":  # the interpreter truncates to bfloat16, a GPU rounds
+        torch.testing.assert_close(got.codes, want.codes, rtol=2**-7, atol=0)
+    else:
+        assert torch.equal(want.codes, got.codes)
+    if want.step is not None:
+        assert torch.equal(want.step, got.step)
+        assert torch.equal(want.zero, got.zero)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("reduce", ["none", "max", "sum"])
+@pytest.mark.parametrize(("r", "per_query_head", "dtype"), [(7, False, F32), (32, True, BF16), (40, False, F16)])
+def test_scores(bits, reduce, r, per_query_head, dtype):
+    labels, channels, _ = labelled(bits, r, heads=6 if per_query_head else 2, dtype=dtype)
+    query = torch.randn(2, 6, 62).to(dtype)[..., 1:-1]
+    query[0, 1] = 0
+    ranges = {"starts": ints(3, 0), "lengths": ints(49, 20)}
+    want, got = both(lambda: label_scores(query, channels, labels, 49, reduce=reduce, kv_heads=2, **ranges))
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
+    want, got = both(lambda: label_scores(query, channels, labels, 33, reduce=reduce, kv_heads=2))
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("reduce", ["none", "sum"])
+def test_integer_products_are_exact(bits, reduce):
+    labels, channels, _ = labelled(bits, 200, dim=256)
+    labels.step.fill_(1.0)
+    labels.zero.zero_()
+    query = torch.randn(2, 8, 256)
+    want, got = both(lambda: label_scores(query, channels, labels, 50, reduce=reduce))
+    assert torch.equal(want, got)
+
+
+def test_scores_read_no_stale_tokens():
+    for bits in (4, 16):
+        labels, channels, _ = labelled(bits, 8)
+        for x in (labels.codes, labels.step, labels.zero):
+            if x is not None and x.is_floating_point():
+                lane = -1 if bits == 4 else 4
+                x.select(lane, 15)[:, :, 1] = math.nan  # token 31
+                x[:, :, 2:] = math.nan
+        want, got = both(lambda: label_scores(torch.randn(2, 4, 60), channels, labels, 50, lengths=ints(31, 0)))  # noqa: B023
+        assert (got.isfinite() == (want > -math.inf)).all()
+
+
+ATTENTION = [  # select, reduce, labels per query head, bits, k, protect the current token
+    ("kv_head", "sum", False, 4, 9, True),
+    ("kv_head", "max", False, 8, 1, True),
+    ("kv_head", "max", True, 2, 20, False),
+    ("kv_head", "sum", True, 16, 70, True),
+    ("query_head", None, False, 16, 9, True),
+    ("query_head", None, True, 4, 12, False),
+]
+
+
+@pytest.mark.parametrize(("select", "reduce", "per_query_head", "bits", "k", "protect"), ATTENTION)
+@pytest.mark.parametrize("ragged", [True, False])
+def test_label_attention(select, reduce, per_query_head, bits, k, protect, ragged):
+    batch = 3 if ragged else 1
+    labels, channels, key = labelled(bits, 24, batch=batch, heads=4 if per_query_head else 2)
+    value, query = torch.randn_like(key), torch.randn(batch, 4, 60)
+    options = {"select": select, "reduce": reduce, "protect_last": protect}
+    ranges = {"starts": ints(0, 30, 20), "lengths": ints(50, 41, 20)} if ragged else {}
+    given = torch.full((batch, 4 if select == "query_head" else 2, k), -5, dtype=torch.int32)
+
+    def call():
+        out = given.clone()
+        return out, *label_attention(query, key, value, channels, labels, k, indices_out=out, **options, **ranges)
+
+    (_, want, ids, counts), (out, got, got_ids, got_counts) = both(call)
+    assert got_ids is out
+    assert torch.equal(ids, got_ids)
+    assert torch.equal(counts, got_counts)
+    close(want, got, F32)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_no_call_waits_for_the_gpu():
+    labels, channels, key = labelled(4, 24)
+    query, channels = torch.randn(2, 8, 60), channels.int()
+    with backend("triton"):
+        label_attention(query, key, key, channels, labels, 9)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            append_labels(labels, key[:, :, :1], channels, 50)
+            label_attention(query, key, key, channels, labels, 9)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
