@@ -6,7 +6,7 @@ VENV ?= .venv
 # What the demo passes to `gossamer compare smollm2`, and what the tests pass to pytest.
 DEMO_ARGS ?= --html report.html
 PYTEST_ARGS ?=
-BENCH_ARGS ?=
+BENCH_ARGS ?= decode_attention
 
 bin := $(VENV)/bin
 stamp := $(VENV)/.stamps

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "Gossamer"
-html_static_path = ["_static"]
+html_static_path = ["_static"] if (Path(__file__).parent / "_static").is_dir() else []
 html_show_sphinx = False
 
 myst_enable_extensions = ["colon_fence", "deflist"]
@@ -40,10 +41,8 @@ default_role = "literal"
 def _arguments(obj: Any) -> set[str]:
     """Names that a docstring of `obj` may describe: parameters or fields."""
     names = set(getattr(obj, "__annotations__", {}) or {})
-    try:
+    with suppress(TypeError, ValueError):
         names |= set(inspect.signature(obj).parameters)
-    except (TypeError, ValueError):
-        pass
     return names
 
 

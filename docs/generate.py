@@ -1,4 +1,4 @@
-"""Write the parts of the documentation that are computed: a page for every system, the command reference, README's table.
+"""Write the parts of the documentation that are computed: a page for every system, the references, README's table.
 
 python docs/generate.py            # pages, as a build of the site does by itself
 python docs/generate.py --readme   # the table of families in README.md
@@ -284,19 +284,42 @@ def api(out: Path) -> None:
             module = import_module(f"gossamer.{name}")
             if not (module.__doc__ or "").strip():
                 continue  # nothing there yet
-            option = "   :imported-members:\n" if getattr(module, "__all__", None) else ""
-            directive = f".. automodule:: gossamer.{name}\n   :members:\n   :show-inheritance:\n   :exclude-members: model_config\n{option}"
-            parts += [f"## gossamer.{name}", f"```{{eval-rst}}\n{directive}```"]
+            options = [":members:", ":show-inheritance:", ":exclude-members: model_config"]
+            if getattr(module, "__all__", None):
+                options.append(":imported-members:")
+            directive = "\n   ".join([f".. automodule:: gossamer.{name}", *options])
+            parts += [f"## gossamer.{name}", f"```{{eval-rst}}\n{directive}\n```"]
         stem = re.sub(r"\W+", "-", title.lower())
         pages.append(stem)
         write(out / f"{stem}.md", "\n\n".join(parts))
     write(out / "index.md", "# Modules\n\n```{toctree}\n\n" + "\n".join(pages) + "\n```")
 
 
+def public(out: Path) -> None:
+    """What `import gossamer` offers, with the first line of each docstring."""
+    import gossamer
+
+    body = []
+    for name in sorted(gossamer.__all__, key=str.lower):
+        if name.startswith("_"):
+            continue
+        thing = getattr(gossamer, name)
+        body.append((f"`gossamer.{name}`", escape(prose(thing.__doc__).splitlines()[0]), f"`{thing.__module__}`"))
+    write(out, table(("Name", "What it is", "Defined in"), body))
+
+
+def picture(out: Path) -> None:
+    """The picture of a report, where there is one."""
+    there = (HERE / "_static" / "report.png").is_file()
+    write(out, "![A report](_static/report.png)" if there else "")
+
+
 def site(docs: Path = HERE, results: Path = ROOT / "results") -> None:
     """Everything that the site needs."""
     systems(docs / "systems", results)
     commands(docs / "_build" / "generated" / "commands.md")
+    public(docs / "_build" / "generated" / "public.md")
+    picture(docs / "_build" / "generated" / "picture.md")
     api(docs / "api" / "generated")
 
 

@@ -256,7 +256,7 @@ def compare(
     from gossamer.measure import report
     from gossamer.measure.compare import Entry, Plan, entries_of
     from gossamer.measure.compare import compare as run
-    from gossamer.patterns.budget import parse
+    from gossamer.patterns.budget import check, parse
     from gossamer.recipe import Recipe
     from gossamer.registry import make, method
     from gossamer.registry import methods as registered
@@ -269,7 +269,10 @@ def compare(
         slugs = [s for s, m in registered().items() if m.family == family]
         if not slugs:
             raise InputError(f"no method of the family {family!r} is available: see `gossamer list`")
-    value = parse(budget)
+    try:
+        value = check(parse(budget))
+    except ValueError as error:
+        raise InputError(f"--budget {error}") from None
     chosen: list[Any] = [make(s, **({"tokens": value} if "tokens" in method(s).model_fields else {})) for s in slugs]
     plan = Plan(
         context=context,

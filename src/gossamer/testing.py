@@ -122,8 +122,8 @@ class Stream:
         shape, generator = model_shape(_model()), torch.Generator().manual_seed(seed)
         size = (shape.layers, batch, shape.heads, length, shape.head_dim)
         self.query = 2 * torch.randn(size, generator=generator)
-        size = (2, shape.layers, batch, shape.kv_heads, length, shape.head_dim)
-        self.key, self.value = torch.randn(size, generator=generator)
+        pair = (2, shape.layers, batch, shape.kv_heads, length, shape.head_dim)
+        self.key, self.value = torch.randn(pair, generator=generator)
         self.cache: Any = DynamicCache()
 
     def pick(self, index: Tensor, start: int = 0) -> Stream:
@@ -157,7 +157,8 @@ class Stream:
         key, value = (x.repeat_interleave(group, 2) for x in (self.key, self.value))
         scores = self.query[:, :, :, first:] @ key.transpose(3, 4) * 0.25
         later = torch.ones(self.query.shape[3], self.query.shape[3], dtype=torch.bool).triu(1)[first:]
-        return scores.masked_fill(later, float("-inf")).softmax(-1) @ value
+        weights = scores.masked_fill(later, float("-inf")).softmax(-1)
+        return torch.matmul(weights, value)
 
 
 def _one_line(run: Callable[[], Any]) -> str:
@@ -343,6 +344,20 @@ class AttentionContract:
             assert where == other
             assert torch.equal(ids, other_ids)
             assert torch.equal(counts, other_counts)
+
+    def test_inference_mode_may_come_and_go(self, case: Case) -> None:
+        """What is made in `torch.inference_mode` is written outside it, and the other way round."""
+        for first in (True, False):
+            stream = Stream()
+            with self.attach(case) as handle:
+                want = Stream().feed(handle, 40, *[1] * 24)
+                got = []
+                for sizes, inside in (((40, 1), first), ((1, 5), not first), ([1] * 17, first)):
+                    with torch.inference_mode(inside), torch.no_grad():
+                        got.append(stream.feed(handle, *sizes).clone())
+            joined = torch.cat(got, 3)
+            torch.testing.assert_close(joined[:, :, :, :42], want[:, :, :, :42], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(joined[:, :, :, 47:], want[:, :, :, 47:], atol=1e-5, rtol=1e-5)
 
     def test_the_random_state_is_left_alone(self, case: Case) -> None:
         """Sampling with a seed gives the same draws with and without the method."""

@@ -1,4 +1,4 @@
-"""The method that CONTRIBUTING shows is whole: it registers, keeps the family's contract and passes its own examples."""
+"""The method that CONTRIBUTING shows is whole: it keeps the family's contract and passes its own examples."""
 
 from __future__ import annotations
 

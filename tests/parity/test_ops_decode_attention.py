@@ -106,7 +106,7 @@ def test_many_threads_and_pieces_agree(isa):
 def test_large_logits_do_not_overflow(isa):
     query, key, value = case(1, 1, 2, 100, 64, torch.float32)
     actual, expected = both(query * 300, key, value)
-    assert_same(actual[0], expected[0], torch.float32)
+    torch.testing.assert_close(actual[0], expected[0], atol=2e-3, rtol=0)  # logits near 2500 hold three decimals
 
 
 def test_negative_and_zero_scale(isa):

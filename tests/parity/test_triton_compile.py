@@ -1,7 +1,8 @@
 """Every kernel compiles for an H100 (sm_90) down to machine code, with what the wrappers really pass; no GPU needed.
 
-The interpreter accepts much that the compiler refuses, and says nothing of shared memory. So the wrappers are called on CPU tensors in a
-process of its own, where a stand-in for the driver names the target and launches are turned into compilations.
+The interpreter accepts much that the compiler refuses, and says nothing of shared memory. So the wrappers are called
+on CPU tensors in a process of its own, where a stand-in for the driver names the target and launches are turned into
+compilations.
 """
 
 from __future__ import annotations

@@ -242,7 +242,8 @@ def test_packed_sequences_stay_apart(name: str) -> None:
 def test_chunked_attention_is_obeyed() -> None:
     config = transformers.Llama4TextConfig(
         vocab_size=256, hidden_size=64, intermediate_size=64, intermediate_size_mlp=64, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_local_experts=2, attention_chunk_size=8, pad_token_id=0,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_local_experts=2, attention_chunk_size=8,
+        pad_token_id=0,
     )  # fmt: skip
     torch.manual_seed(0)
     model = transformers.Llama4ForCausalLM(config).eval()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from unittest.mock import patch
+from itertools import pairwise
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from transformers import DynamicCache, StaticCache
 
 from gossamer.errors import InputError
 from gossamer.hf import GossamerCache, KVLayer
-from gossamer.hf.cache import Derived, adopt
+from gossamer.hf.cache import Derived, adopt, allocate_near
 
 HEADS, DIM = 2, 4
 
@@ -55,23 +55,35 @@ def test_appending_moves_nothing_until_capacity_is_used() -> None:
 
 
 def test_capacity_doubles() -> None:
-    layer, row = KVLayer(), states(1)
-    allocations: list[int] = []
-    allocate = KVLayer._allocate
+    row, allocations = states(1), []
 
     def counting(like: Tensor, capacity: int) -> Tensor:
         allocations.append(capacity)
-        return allocate(like, capacity)
+        return allocate_near(like, capacity)
 
-    with patch.object(KVLayer, "_allocate", staticmethod(counting)):
-        for _ in range(5000):
-            layer.update(*row)
+    layer = KVLayer(allocate=counting)
+    for _ in range(5000):
+        layer.update(*row)
     keys_only = allocations[::2]
     assert len(keys_only) <= 7  # 256, 512, … 8192
-    assert all(b >= 2 * a for a, b in zip(keys_only, keys_only[1:], strict=False))
+    assert all(b >= 2 * a for a, b in pairwise(keys_only))
     assert layer.length == 5000 <= layer.capacity
     assert layer.keys is not None
     assert torch.equal(layer.keys, row[0].expand(-1, -1, 5000, -1))
+
+
+def test_storage_made_in_inference_mode_can_be_written_outside_it() -> None:
+    layer = KVLayer()
+    with torch.inference_mode():
+        layer.update(*states(250, batch=2))
+        layer.reorder_cache(torch.tensor([1, 0]))
+    with torch.no_grad():
+        layer.update(*states(2, batch=2))
+    with torch.inference_mode():
+        layer.update(*states(300, batch=2))
+        layer.batch_repeat_interleave(2)
+    layer.update(*states(1, batch=4))
+    assert layer.length == 553
 
 
 def test_reserve_is_allocated_at_once() -> None:

@@ -315,8 +315,10 @@ def _pre_rope_hook(recorder: _Recorder, name: str, heads: int) -> Any:
     """A forward hook that adds the magnitudes of a projection's (or head norm's) output."""
 
     def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-        tokens = output.reshape(output.shape[0], output.shape[1], heads, -1)
-        recorder.add(name, magnitude(tokens.transpose(1, 2)))
+        if output.ndim == 4 and output.shape[1] == heads != output.shape[2]:  # Gemma norms heads that it has moved
+            recorder.add(name, magnitude(output))
+        else:
+            recorder.add(name, magnitude(output.reshape(*output.shape[:2], heads, -1).transpose(1, 2)))
 
     return hook
 

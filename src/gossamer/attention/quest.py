@@ -50,7 +50,8 @@ class PageBounds(Derived):
         if self.low is None or self.low.shape[2] < pages:
             shape = (key.shape[0], key.shape[1], max(64, 2 * pages), key.shape[3])
             old_low, old_high = self.low, self.high
-            self.low, self.high = key.new_empty(shape), key.new_empty(shape)
+            with torch.inference_mode(False):  # to be written in any mode
+                self.low, self.high = key.new_empty(shape), key.new_empty(shape)
             if old_low is not None and old_high is not None:
                 self.low[:, :, :done], self.high[:, :, :done] = old_low[:, :, :done], old_high[:, :, :done]
         assert self.high is not None

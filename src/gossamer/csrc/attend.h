@@ -15,7 +15,13 @@
 
 namespace gossamer::GOSSAMER_ISA {
 
-constexpr int kBlock = 64;      // rows between two updates of the running maximum: K and V of a block stay in L1/L2
+#ifndef KB
+#define KB 64
+#endif
+#ifndef PL
+#define PL 3
+#endif
+constexpr int kBlock = KB;
 constexpr int kMaxTile = 16;    // rows whose products are in flight together
 constexpr int kPiecesPerThread = 8;
 
@@ -25,18 +31,31 @@ constexpr int kTile = kLanes == 16 ? (G == 1 ? 16 : G == 2 ? 8 : 4) : (G == 1 ? 
 template <int G>
 constexpr int kColumns = kLanes == 16 ? (G <= 2 ? 8 : 4) : (G == 1 ? 8 : G == 2 ? 4 : 2);
 
-// bfloat16 rows are read in pairs of vectors (even, odd elements), so query and output live in that order while at work:
-// element c of a full pair block is at swizzled(c), the rest of the row stays in place.
+// bfloat16 rows are read in pairs of vectors (even, odd elements), so query and output live in that order while at work;
+// what is behind the last whole pair stays in place. For float32 the two orders are one.
 template <class T>
-GOSSAMER_INLINE int64_t swizzled(int64_t c, int64_t dim) {
-  constexpr int64_t kPair = 2 * kLanes;
-  if (sizeof(T) == 4 || c >= dim / kPair * kPair) return c;
-  return c / kPair * kPair + (c & 1) * kLanes + c % kPair / 2;
+GOSSAMER_INLINE void to_working_order(const T* row, int64_t dim, float* out) {
+  int64_t c = 0;
+  for (; c + 2 * kLanes <= dim; c += 2 * kLanes) {
+    vf a, b;
+    load_pair(row + c, a, b);
+    store(out + c, a);
+    store(out + c + kLanes, b);
+  }
+  for (; c < dim; ++c) out[c] = to_float(row[c]);
+}
+
+template <class T>
+GOSSAMER_INLINE void from_working_order(const float* row, float factor, int64_t dim, T* out) {
+  int64_t c = 0;
+  for (; c + 2 * kLanes <= dim; c += 2 * kLanes)
+    store_pair(out + c, load(row + c) * factor, load(row + c + kLanes) * factor);
+  for (; c < dim; ++c) from_float(row[c] * factor, out + c);
 }
 
 template <class T>
 struct QueryHeads {
-  const float* values;  // [G][stride], swizzled
+  const float* values;  // [G][stride], in working order
   const T* raw;         // as stored, for instructions that take bfloat16
   int64_t stride, raw_stride;
 };
@@ -46,7 +65,15 @@ GOSSAMER_INLINE void prefetch_row(const T* row, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) prefetch(reinterpret_cast<const char*>(row) + i);
 }
 
-// out[g * R + i] = query head g times row i.
+// The elements behind the last whole vector. Kept out of line: it would cost the common case its registers.
+template <class T, int G, int R>
+__attribute__((noinline)) void dot_tail(const T* const* rows, const QueryHeads<T>& q, int64_t c, int64_t dim, float* out) {
+  for (; c < dim; ++c)
+    for (int g = 0; g < G; ++g)
+      for (int r = 0; r < R; ++r) out[g * R + r] += q.values[g * q.stride + c] * to_float(rows[r][c]);
+}
+
+// out[g * R + i] = query head g times row i; out has room for 16.
 template <class T, int G, int R>
 GOSSAMER_INLINE void dot_tile(const T* const* rows, const QueryHeads<T>& q, int64_t dim, float* out) {
   constexpr int N = kLanes == 16 && G * R > 8 ? 16 : G * R;
@@ -89,12 +116,8 @@ GOSSAMER_INLINE void dot_tile(const T* const* rows, const QueryHeads<T>& q, int6
       for (int g = 0; g < G; ++g) sum[g * R + r] = fma(row, head[g], sum[g * R + r]);
     }
   }
-  float total[N];
-  hsum_all<N>(sum, total);
-  for (int i = 0; i < G * R; ++i) out[i] = total[i];
-  for (; c < dim; ++c)
-    for (int g = 0; g < G; ++g)
-      for (int r = 0; r < R; ++r) out[g * R + r] += q.values[g * q.stride + c] * to_float(rows[r][c]);
+  hsum_all<N>(sum, out);
+  if (c < dim) dot_tail<T, G, R>(rows, q, c, dim, out);
 }
 
 // logits[g][i] for `count` rows; rows beyond the count repeat a valid one. Pulls the value rows in meanwhile.
@@ -103,13 +126,13 @@ void dot_block(const T* const* rows, const T* const* soon, int64_t count, const 
                float* logits) {
   constexpr int R = kTile<G>;
   const int64_t bytes = dim * int64_t(sizeof(T));
-  float tile[G * R];
+  float tile[kMaxTile];
   for (int64_t r = 0; r < count; r += R) {
     if (soon)
       for (int i = 0; i < R; ++i) prefetch_row(soon[r + i], bytes);
     dot_tile<T, G, R>(rows + r, q, dim, tile);
-    for (int g = 0; g < G; ++g)
-      for (int i = 0; i < R; ++i) logits[g * kBlock + r + i] = tile[g * R + i];
+    GOSSAMER_UNROLL
+    for (int g = 0; g < G; ++g) __builtin_memcpy(logits + g * kBlock + r, tile + g * R, R * sizeof(float));
   }
 }
 
@@ -287,8 +310,7 @@ class Attention {
     const T* value = static_cast<const T*>(a.value) + b * a.v_batch + kv * a.v_head;
     const T* raw = static_cast<const T*>(a.query) + b * a.q_batch + head * group_heads * a.q_head;
     float* q = query + thread * group_heads * stride;
-    for (int64_t g = 0; g < group_heads; ++g)
-      for (int64_t c = 0; c < a.dim; ++c) q[g * stride + swizzled<T>(c, a.dim)] = to_float(raw[g * a.q_head + c]);
+    for (int64_t g = 0; g < group_heads; ++g) to_working_order(raw + g * a.q_head, a.dim, q + g * stride);
 
     Partial* part = partials + slot * group_heads;
     float* out = partial_out + slot * group_heads * stride;
@@ -358,8 +380,7 @@ class Attention {
         for (int64_t c = 0; c < stride; c += kLanes)
           store(total + c, s == first ? load(from + c) * factor : fma(load(from + c), splat(factor), load(total + c)));
       }
-      const float norm = sum > 0.0f || sum != sum ? 1.0f / sum : 0.0f;
-      for (int64_t c = 0; c < a.dim; ++c) from_float(total[swizzled<T>(c, a.dim)] * norm, out + c);
+      from_working_order(total, sum > 0.0f || sum != sum ? 1.0f / sum : 0.0f, a.dim, out);
     } else {
       for (int64_t c = 0; c < a.dim; ++c) from_float(0.0f, out + c);
     }

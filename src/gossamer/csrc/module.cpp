@@ -101,6 +101,8 @@ int decode_attention(nb::tuple tensors, nb::tuple optional, nb::tuple strides, n
   read_strides(Reader(strides), a);
   read_sizes(Reader(sizes), a);
   a.select_heads = s.next(), a.k = s.next();
+  static const int32_t nothing = 0;  // an empty selection has no address, but isn't the absence of one
+  if (a.select_heads && !a.indices) a.indices = &nothing;
   a.scale = scale, a.dtype = DType(dtype), a.threads = threads;
   return call(active->decode_attention, a);
 }

@@ -1,6 +1,9 @@
 // A vector of floats as wide as the instruction set allows, on GCC/Clang vector extensions; intrinsics only where the
 // extensions have no word for it. Everything is in the namespace of the instruction set that the file is compiled for.
 #pragma once
+#ifndef PL
+#define PL 3
+#endif
 #include <cstdint>
 #include <cstring>
 
@@ -94,6 +97,20 @@ GOSSAMER_INLINE void load_pair(const float* p, vf& first, vf& second) {
   second = load(p + kLanes);
 }
 
+// The inverse of load_pair; bfloat16 rounds to nearest even.
+GOSSAMER_INLINE void store_pair(bf16* p, vf even, vf odd) {
+  const auto round = [](vf x) {
+    const vi u = (vi)x;
+    return x != x ? (u | splat_i(0x400000)) : u + 0x7fff + (u >> 16 & 1);
+  };
+  const vi v = (round(even) >> 16 & 0xffff) | (round(odd) & splat_i(int32_t(0xffff0000)));
+  __builtin_memcpy(p, &v, sizeof v);
+}
+GOSSAMER_INLINE void store_pair(float* p, vf first, vf second) {
+  store(p, first);
+  store(p + kLanes, second);
+}
+
 GOSSAMER_INLINE vf fma(vf a, vf b, vf c) {
 #if defined(GOSSAMER_AVX512)
   return _mm512_fmadd_ps(a, b, c);
@@ -169,6 +186,6 @@ GOSSAMER_INLINE vf vexp(vf x) {
   return x < kLow ? vf{} : p * power;
 }
 
-GOSSAMER_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+GOSSAMER_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, PL); }
 
 }  // namespace gossamer::GOSSAMER_ISA

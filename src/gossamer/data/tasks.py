@@ -254,7 +254,7 @@ def _make(
 
 
 def _render(build: _Build, stream: str, index: int, size: int) -> Example:
-    """One example with `size` units of filler; its random numbers start anew each time, so that sizes can be compared."""
+    """One example with `size` units of filler; its random numbers start anew each time."""
     # A string seeds the same on every platform and in every process.
     return build(random.Random(stream), index, size)
 

@@ -35,9 +35,10 @@ _REPEAT_FROM_CHARACTERS = 60
 def text(source: str | os.PathLike[str] = "prose") -> str:
     """A long text.
 
-    source: `prose`, the reference manual that comes with Python (English; in Python 3.11 380,000 characters, about
-        92,000 SmolLM2 tokens); `code`, the standard library's modules up to a million characters; or the path of a text file, or of a
-        folder whose `.txt` and `.md` files, at any depth, are joined in the order of their paths.
+    source: `prose`, the reference manual that comes with Python (English; in Python 3.11 373,000 characters, about
+        91,000 SmolLM2 tokens); `code`, the standard library's modules up to a million characters (260,000 tokens); or
+        the path of a text file, or of a folder whose `.txt` and `.md` files, at any depth, are joined in the order of
+        their paths.
 
     The same Python release gives the same text. Paragraphs of the manual that occur twice are kept once: a model finds
     repeated text easy, and a repeat could sit in both parts of `split`.
@@ -119,8 +120,8 @@ def token_blocks(
 def _prose() -> str:
     from pydoc_data.topics import topics
 
-    # Many topics are sections of longer ones. Going from long to short, a topic that says mostly what was said before is
-    # left out whole; the rest lose the paragraphs that were.
+    # Many topics are sections of longer ones. Going from long to short, a topic that says mostly what was said before
+    # is left out whole; the rest lose the paragraphs that were.
     seen: set[str] = set()
     kept = {}
     for title in sorted(topics, key=lambda title: (-len(topics[title]), title)):

@@ -1,10 +1,12 @@
-"""The GPU kernels (Triton), one file per operator; contracts and references are in :mod:`gossamer.ops`, which dispatches to them.
+"""The GPU kernels (Triton), one file per operator; :mod:`gossamer.ops` holds contracts and references, and dispatches.
 
-Two things hold for all of them. No call waits for the GPU: nothing is read back, so values that the other backends refuse (row or
-channel ids out of range, ranges beyond the rows) are skipped here instead of raising; no memory outside the tensors is touched.
-And sizes that change with every decoded token are never compile-time constants, so decoding does not recompile.
+Two things hold for all of them. No call waits for the GPU: nothing is read back, so values that the other backends
+refuse (row or channel ids out of range, ranges beyond the rows) are skipped here instead of raising; no memory
+outside the tensors is touched. And sizes that grow with every decoded token enter as compile-time constants only
+rounded up to powers of two, so decoding does not keep recompiling.
 
-On a machine without a GPU the kernels run on CPU tensors in Triton's interpreter if ``TRITON_INTERPRET=1`` is set before Python starts.
+On a machine without a GPU the kernels run on CPU tensors in Triton's interpreter if ``TRITON_INTERPRET=1`` is set
+before Python starts.
 """
 
 from __future__ import annotations
@@ -41,8 +43,8 @@ def multiprocessors(device: torch.device) -> int:
 def operand(*tensors: Tensor) -> Any:
     """Return the Triton type in which ``tl.dot`` multiplies these tensors: their own if they share one, else float32.
 
-    Products of 16-bit floats are exact in float32, so nothing is lost. The interpreter would multiply the bit patterns of bfloat16 (its
-    authors leave that type out), hence float32 there.
+    Products of 16-bit floats are exact in float32, so nothing is lost. The interpreter would multiply the bit patterns
+    of bfloat16 (its authors leave that type out), hence float32 there.
     """
     types = {x.dtype for x in tensors}
     return _TYPES[types.pop()] if len(types) == 1 and not INTERPRETED else tl.float32

@@ -1,14 +1,15 @@
 """Attention of one query per sequence on the GPU: split over the context, merged by log-sum-exp.
 
-Algorithm. Each program streams a slice of the rows of one KV head in blocks (online softmax in float32, base 2) and writes its
-normalised output and log-sum-exp; a second small kernel merges the slices. With one slice (few rows, or enough heads to fill the GPU)
-the first kernel writes the result itself and there is no second launch.
+Algorithm. Each program streams a slice of the rows of one KV head in blocks (online softmax in float32, base 2) and
+writes its normalised output and log-sum-exp; a second small kernel merges the slices. With one slice (few rows, or
+enough heads to fill the GPU) the first kernel writes the result itself and there is no second launch.
 
-Parallelisation. One program per (sequence, KV head, slice), for all query heads of the group at once: ``tl.dot`` with the group
-padded to 16 rows, so that keys are read once and never repeated. If every query head has its own rows, one program per query head.
-Each sequence cuts its own range into equal slices, so ragged batches stay balanced.
+Parallelisation. One program per (sequence, KV head, slice), for all query heads of the group at once: ``tl.dot`` with
+the group padded to 16 rows, so that keys are read once and never repeated. If every query head has its own rows, one
+program per query head. Each sequence cuts its own range into equal slices, so ragged batches stay balanced.
 
-Floor. ``2 * rows * Hkv * d * itemsize`` bytes a sequence (K and V of the attended rows, once), at the bandwidth of the memory.
+Floor. ``2 * rows * Hkv * d * itemsize`` bytes a sequence (K and V of the attended rows, once), at the bandwidth of
+the memory.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 from gossamer.gpu import multiprocessors, on, operand
 
 ROWS_PER_SLICE = 256
-"""A slice has at least so many rows: below, the second launch costs more than the parallelism gains."""
+"""A slice has at least so many rows: with fewer, the merging launch should cost more than it gains (an estimate)."""
 MAX_SLICES = 64
 
 

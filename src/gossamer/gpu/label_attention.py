@@ -1,10 +1,12 @@
 """Score, select and attend on the GPU: three to five launches in a row, nothing read back in between.
 
-Algorithm. The kernels of :mod:`~gossamer.gpu.labels` (which gives the current token ``+inf`` where it is to be protected, so that no launch
-is spent on it), :mod:`~gossamer.gpu.select_topk` and :mod:`~gossamer.gpu.decode_attention`. Scores, ids and counts stay on the device, and no
-size depends on them, so that a CUDA graph can hold the whole.
+Algorithm. The kernels of :mod:`~gossamer.gpu.labels` (which gives the current token ``+inf`` where it is to be
+protected, so that no launch is spent on it), :mod:`~gossamer.gpu.select_topk` and
+:mod:`~gossamer.gpu.decode_attention`. Scores, ids and counts stay on the device, and no size depends on them, so that
+a CUDA graph can hold the whole.
 
-Floor. ``S * Hlab * (r * bits / 8 + 8)`` bytes of labels, ``8 * S * Hsel`` of scores (written and read), ``2 * k * Hsel * d * itemsize`` of K and V.
+Floor. ``S * Hlab * (r * bits / 8 + 8)`` bytes of labels, ``8 * S * Hsel`` of scores (written and read), ``2 * k *
+Hsel * d * itemsize`` of K and V.
 """
 
 from __future__ import annotations

@@ -1,14 +1,16 @@
 """Writing the label cache and scoring from it on the GPU; the layout is documented in :mod:`gossamer.ops.labels`.
 
-Algorithm. ``append_labels``: gather the channels of 16 tokens, quantise each token, shift its codes into 32-bit words, write the tile.
-``label_scores``: gather the label channels of the query and quantise them to int8 in every program (r values: cheaper than a launch), read
-words, spread them to codes in channel order (a word holds neighbouring channels, so this is one shift and one reshape), and multiply: exact
-int8 ``tl.dot`` for a group of queries, plain multiply-adds for a single one (one head, or the sum over the group).
+Algorithm. ``append_labels``: gather the channels of 16 tokens, quantise each token, shift its codes into 32-bit
+words, write the tile. ``label_scores``: gather the label channels of the query and quantise them to int8 in every
+program (r values: cheaper than a launch), read words, spread them to codes in channel order (a word holds
+neighbouring channels, so this is one shift and one reshape), and multiply: exact int8 ``tl.dot`` for a group of
+queries, plain multiply-adds for a single one (one head, or the sum over the group).
 
-Parallelisation. One program per (sequence, label head, tile) to write, per (sequence, head of the result, block of tokens) to score.
+Parallelisation. One program per (sequence, label head, tile) to write, per (sequence, head of the result, block of
+tokens) to score.
 
-Floor. Scoring reads ``tokens * Hlab * (r * bits / 8 + 8)`` bytes (codes, step, zero; r * itemsize for float labels) and writes
-``4 * tokens * Hsel``. Writing reads the keys.
+Floor. Scoring reads ``tokens * Hlab * (r * bits / 8 + 8)`` bytes (codes, step, zero; r * itemsize for float labels)
+and writes ``4 * tokens * Hsel``. Writing reads the keys.
 
 What rounds to codes is compiled without fused multiply-adds, to agree with the reference to the last bit.
 """
@@ -203,9 +205,8 @@ def _score(
                     product = tl.dot(whole.to(tl.int8), x.to(tl.int8))
                 score = tl.div_rn(top, limit)[:, None] * unit[None, :] * product.to(tl.float32)
                 score += base[None, :] * tl.sum(q, 1)[:, None]
-        if REDUCE == "max":
-            if not SINGLE:
-                score = tl.max(tl.where((m < GROUP)[:, None], score, float("-inf")), 0)
+        if (REDUCE == "max") & (not SINGLE):
+            score = tl.max(tl.where((m < GROUP)[:, None], score, float("-inf")), 0)
         if i == 0:
             result = score
         elif REDUCE == "max":
@@ -269,7 +270,7 @@ def label_scores(
     kv_heads: int,
     protect_last: bool = False,
 ) -> Tensor:
-    """Run :func:`gossamer.ops.label_scores` on checked tensors; ``protect_last`` gives the last row of each sequence ``+inf``."""
+    """Run :func:`gossamer.ops.label_scores` on checked tensors; with ``protect_last`` the last row scores ``+inf``."""
     query = query if query.stride(-1) == 1 else query.contiguous()
     batch, heads, dim = query.shape
     label_heads = labels.codes.shape[1]
@@ -329,4 +330,4 @@ def _layout(labels: Labels) -> tuple[tuple[Any, ...], tuple[int, ...], dict[str,
 def _channel_block(labels: Labels, least: int) -> int:
     """Return the channels that a program handles: r up to whole words and a power of two."""
     a_word = 1 if labels.step is None else 32 >> (labels.bits - 1).bit_length()
-    return max(least, a_word, triton.next_power_of_2(labels.r))
+    return max(least, a_word, int(triton.next_power_of_2(labels.r)))

@@ -1,12 +1,14 @@
 """Exact top-k on the GPU, as ascending ids, without sorting.
 
-Algorithm. Scores become unsigned keys of the same order (0: never selected). A radix search from the highest bits, two a pass, finds the
-k-th largest key: three counts over the line a pass, 16 passes or fewer (it stops once a candidate keeps exactly k). An ordered compaction
-then walks the line once: keys above the cut, and as many of the equal ones as are missing, lowest ids first, go to the place that a
-``tl.cumsum`` gives them; so ids come out ascending and ties go to the lower id.
+Algorithm. Scores become unsigned keys of the same order (0: never selected). A radix search from the highest bits,
+two a pass, finds the k-th largest key: three counts over the line a pass, 16 passes or fewer (it stops once a
+candidate keeps exactly k). An ordered compaction then walks the line once: keys above the cut, and as many of the
+equal ones as are missing, lowest ids first, go to the place that a ``tl.cumsum`` gives them; so ids come out
+ascending and ties go to the lower id.
 
-Parallelisation. One program per (sequence, head). Few long lines would leave the GPU idle, so these are cut into chunks: a first launch
-takes the best k of each chunk (the best k of the line are among them), a second one the best k of those.
+Parallelisation. One program per (sequence, head). Few long lines would leave the GPU idle, so these are cut into
+chunks: a first launch takes the best k of each chunk (the best k of the line are among them), a second one the best k
+of those.
 
 Floor. ``4 * S`` bytes a line from memory; the passes read it again from the caches, which is what the time goes to.
 """

@@ -189,7 +189,9 @@ class KVLayer(CacheLayerMixin):
     def _replace_batch(self, pick: Any) -> None:
         if self.key_storage is None or self.value_storage is None:
             return
-        self.key_storage, self.value_storage = pick(self.key_storage), pick(self.value_storage)
+        gradients = torch.is_grad_enabled()
+        with torch.inference_mode(False), torch.set_grad_enabled(gradients):  # written in and out of inference mode
+            self.key_storage, self.value_storage = pick(self.key_storage), pick(self.value_storage)
         self.views.clear()  # shapes of derived state follow the batch: rebuild it
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -129,7 +129,7 @@ class DoubleBuffer:
             indices, rows = torch.cat([zero, slots + 1], dim=2).to(torch.int32), int(union.sum())
             attend_counts = slow_counts + 1
         # Slot 0 waits for the current token; what is gathered there meanwhile is never read.
-        table = torch.cat([torch.zeros_like(table[..., :1]), table], dim=2)
+        table = torch.cat([table.new_zeros(batch, kv_heads, 1), table], dim=2)
         head = torch.arange(batch * kv_heads, device=table.device).view(batch, kv_heads, 1)
         flat = (head * capacity + table).flatten()
         near = [

@@ -236,7 +236,7 @@ def winners(comparison: Comparison) -> dict[str, MethodResult]:
     rows, won = contenders(comparison), {}
     for key, metric in metrics(comparison).items():
         first, ties = metric.best(rows)
-        if first is not None and not ties and len(rows) > 1:
+        if first is not None and not ties and sum(metric.of(row) is not None for row in rows) > 1:
             won[key] = first
     return won
 
@@ -328,22 +328,20 @@ def _slower(row: MethodResult, cost: Cost, base: MethodResult, dense: Cost) -> l
     slower = differ(cost.token_ms, dense.token_ms)
     verdict = "is slower than" if slower else "is not measurably faster than"
     text = f"{row.label} {verdict} {base.label} ({milliseconds(ours)} against {milliseconds(theirs)} ms a token)"
-    reasons = []
-    if cost.attention_ms is not None and dense.attention_ms is not None:
-        a, b = cost.attention_ms.median, dense.attention_ms.median
-        if a < b:
-            reasons.append(f"its attention saves {milliseconds(b - a)} ms of a {milliseconds(theirs)} ms step")
-        elif cost.share_read is not None and cost.share_read < 1:
-            reasons.append(
-                f"its attention takes {milliseconds(a)} ms against {milliseconds(b)}, although it reads "
-                f"{percent(cost.share_read)} of the bytes: choosing and gathering cost more than they save here"
-            )
-        else:
-            reasons.append(f"its attention takes {milliseconds(a)} ms against {milliseconds(b)}")
-    more = (cost.overhead_ms or 0) - (dense.overhead_ms or 0)
-    if more > 0.05 * theirs:
-        reasons.append(f"its overhead is {milliseconds(more)} ms larger")
-    return [f"{text}{': ' if reasons else ''}{', and '.join(reasons)}."]
+    if cost.attention_ms is None or dense.attention_ms is None:
+        return [f"{text}."]
+    a, b = cost.attention_ms.median, dense.attention_ms.median
+    if a < b:
+        return [f"{text}: its attention saves {milliseconds(b - a)} ms of a {milliseconds(theirs)} ms step."]
+    text += f": its attention takes {milliseconds(a)} ms against {milliseconds(b)}"
+    if (cost.overhead_ms or 0) > (dense.overhead_ms or 0):
+        text += f" (overhead {milliseconds(cost.overhead_ms)} against {milliseconds(dense.overhead_ms)})"
+    if cost.share_read is not None and cost.share_read < 1:
+        text += (
+            f", although it reads {percent(cost.share_read)} of the bytes; choosing and gathering cost more than that "
+            "saves here"
+        )
+    return [f"{text}."]
 
 
 def _ties(comparison: Comparison) -> list[str]:
@@ -400,7 +398,7 @@ def _cells(comparison: Comparison, row: MethodResult, won: dict[str, MethodResul
     def mark(key: str, text: str, detail: str = "") -> _Cell:
         return _Cell(text, detail, best=won.get(key) is row)
 
-    cells = {}
+    cells: dict[str, _Cell] = {}
     if (q := row.quality) is not None:
         if is_dense(row):
             cells |= dict.fromkeys(("kl", "agreement"), _REFERENCE)
@@ -828,7 +826,8 @@ def _table_html(caption: str, head: str, body: Sequence[str]) -> str:
 def _row_html(row: MethodResult, mark: tuple[str, str], cells: Sequence[str], width: int, settings: bool) -> str:
     kind = "dense" if is_dense(row) else "baseline" if row.baseline else ""
     tag = f"<span class=tag>{kind}</span>" if kind else ""
-    chosen = ", ".join(f"{key} {_setting_text(value)}" for key, value in row.settings.items()) if settings else ""
+    shown = {key: value for key, value in row.settings.items() if settings and value not in (None, "", [], {})}
+    chosen = ", ".join(f"{key} {_setting_text(value)}" for key, value in shown.items())
     small = f"<small>{escape(chosen)}</small>" if chosen else ""
     name = f'<span class="who">{_icon(mark)}<span class="name">{escape(row.label)}{tag}{small}</span></span>'
     if row.error is not None:

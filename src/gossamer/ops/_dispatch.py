@@ -30,6 +30,10 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _log = logging.getLogger("gossamer")
+# os.environ.get encodes and decodes at every call, a microsecond that a decode step pays for each layer. CPython keeps the
+# raw table in _data; elsewhere the public mapping serves.
+_environ: Any = getattr(os.environ, "_data", os.environ)
+_VARIABLE: Any = os.environ.encodekey("GOSSAMER_BACKEND") if _environ is not os.environ else "GOSSAMER_BACKEND"
 _override: str | None = None
 
 
@@ -112,11 +116,13 @@ def resolve(op: str, module: str, tensor: Tensor, *others: Tensor | None) -> Bac
 
     ``others`` are further tensors that may require gradients: kernels have no backward, so a call that needs one takes the reference.
     """
-    forced = _override or os.environ.get("GOSSAMER_BACKEND") or "auto"
-    if forced != "auto":
+    forced = _override or (os.environ["GOSSAMER_BACKEND"] if _VARIABLE in _environ else None)
+    if forced and forced != "auto":
         return _forced(forced, op, module, tensor)
-    if torch.is_grad_enabled() and (tensor.requires_grad or any(o is not None and o.requires_grad for o in others)):
-        return "reference"
+    if torch.is_grad_enabled():
+        for x in (tensor, *others):
+            if x is not None and x.requires_grad:
+                return "reference"
     kind = tensor.device.type
     if kind == "cpu":
         if tensor.dtype in DTYPE_CODES and native() is not None:
@@ -145,7 +151,7 @@ def _forced(name: str, op: str, module: str, tensor: Tensor) -> Backend:
             raise BackendError(f"triton {op} takes float32, bfloat16 and float16, got {tensor.dtype}")
         if tensor.device.type == "cpu" and not importlib.import_module("gossamer.gpu").INTERPRETED:
             raise BackendError(
-                f"triton {op} runs on CUDA tensors; on CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1 before Python starts)"
+                f"triton {op} runs on CUDA tensors; on CPU tensors only in Triton's interpreter (set TRITON_INTERPRET=1)"
             )
         return "triton"
     return "reference"

@@ -106,7 +106,7 @@ def decode_attention(
         raise InputError(f"{_OP}: counts say how many indices are used, so they need indices")
     scale = 1.0 / math.sqrt(dim) if scale is None else float(scale)
     run = torch.ops.gossamer.decode_attention if torch.compiler.is_compiling() else _run
-    out, lse = run(query, key, value, starts, lengths, indices, counts, scale)
+    out, lse = run(query, key, value, starts, lengths, indices, counts, scale, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -181,11 +181,12 @@ def _run_native(
     indices: Tensor | None,
     counts: Tensor | None,
     scale: float,
+    return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, dim = query.shape
     query, key, value = _checks.row_major(query), _checks.row_major(key), _checks.row_major(value)
-    out = torch.empty((batch, heads, dim), dtype=query.dtype)
-    lse = torch.empty((batch, heads), dtype=torch.float32)
+    out = query.new_empty(query.shape)
+    lse = query.new_empty(query.shape[:2] if return_lse else (0,), dtype=torch.float32)
     status = native().decode_attention(
         (query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), lse.data_ptr()),
         (*map(_checks.pointer, (starts, lengths, indices, counts)),),
@@ -209,10 +210,11 @@ def _run(
     indices: Tensor | None,
     counts: Tensor | None,
     scale: float,
+    return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     backend = resolve(_OP, _OP, query, key, value)
     if backend == "native":
-        return _run_native(query, key, value, starts, lengths, indices, counts, scale)
+        return _run_native(query, key, value, starts, lengths, indices, counts, scale, return_lse)
     if backend == "triton":
         result: tuple[Tensor, Tensor] = triton_call(_OP, _OP)(
             query,
@@ -225,8 +227,9 @@ def _run(
             scale=scale,
             return_lse=True,
         )
-        return result
-    return _reference(query, key, value, starts, lengths, indices, counts, scale)
+    else:
+        result = _reference(query, key, value, starts, lengths, indices, counts, scale)
+    return result if return_lse else (result[0], query.new_empty((0,), dtype=torch.float32))
 
 
 _custom = torch.library.custom_op("gossamer::decode_attention", _run, mutates_args=())
@@ -242,5 +245,7 @@ def _fake(
     indices: Tensor | None,
     counts: Tensor | None,
     scale: float,
+    return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=torch.float32)
+    lse_shape = query.shape[:2] if return_lse else (0,)
+    return query.new_empty(query.shape), query.new_empty(lse_shape, dtype=torch.float32)

@@ -164,8 +164,8 @@ def _run(
         return _composed(query, key, value, channels, labels, starts, lengths, scale, reduce, protect_last, indices)
     query, key, value = _checks.row_major(query), _checks.row_major(key), _checks.row_major(value)
     batch, heads, dim = query.shape
-    out = torch.empty((batch, heads, dim), dtype=query.dtype)
-    counts = torch.empty(indices.shape[:2], dtype=torch.int32)
+    out = query.new_empty(query.shape)
+    counts = indices.new_empty(indices.shape[:2])
     status = native().label_attention(
         *_native_cache(labels),
         (query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr(), channels.data_ptr()),

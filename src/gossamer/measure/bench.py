@@ -1,0 +1,246 @@
+"""Operator benchmarks: ratios within one run, beside the bytes that must move and the bandwidth that the machine gives.
+
+Variants take turns, so that a change of the machine's mood meets all of them; every other turn is a pass over a large buffer, which
+measures the bandwidth and empties the caches, as the other layers of a model would.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gossamer import ops
+from gossamer.errors import InputError, UnknownNameError
+from gossamer.measure.bandwidth import ReadBandwidth
+
+OPERATORS = ("decode_attention", "label_attention", "label_scores", "select_topk")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Variant:
+    """One way to do the work: what to call, and the bytes that it cannot avoid reading."""
+
+    name: str
+    call: Callable[[], Any]
+    nbytes: int
+
+
+def run(
+    op: str,
+    *,
+    contexts: Sequence[int] = (8192, 32768, 131072),
+    dtypes: Sequence[str] = ("float32", "bfloat16"),
+    heads: int = 32,
+    kv_heads: int = 8,
+    head_dim: int = 128,
+    token_ratio: float = 1 / 16,
+    channels: int | None = None,
+    label_bits: int = 4,
+    repeats: int = 15,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Benchmark an operator for one decode step of one sequence.
+
+    Parameters
+    ----------
+    op
+        ``decode_attention`` (torch SDPA, our dense kernel, Double Sparsity), ``label_attention`` (the same cases and each reduction),
+        ``label_scores`` or ``select_topk``.
+    contexts
+        Cached tokens.
+    dtypes
+        ``float32``, ``bfloat16``. ``select_topk`` works on float32 scores whatever the model's dtype and is run once.
+    heads, kv_heads, head_dim
+        Shape of the attention.
+    token_ratio
+        Share of the tokens that the sparse variants attend.
+    channels, label_bits
+        Label channels a head (default ``head_dim // 4``) and bits each.
+    repeats
+        Turns; each variant is timed once a turn, after one untimed call.
+    progress
+        Called with a line of text before each case.
+
+    Returns
+    -------
+    Rows with ``op, dtype, context, heads, kv_heads, head_dim, variant, ms`` (median), ``best_ms, spread`` (interquartile range
+    over median), ``ratio_to_native_dense, ratio_to_torch`` (how many times faster than that variant, medians over the run; None where
+    the case has none), ``bytes`` (what must be read), ``bandwidth`` (bytes per second of a plain read in this run) and
+    ``bandwidth_share`` (bytes over median time over bandwidth; can exceed 1 where data stays in a cache).
+
+    Raises
+    ------
+    UnknownNameError
+        An operator that has no benchmark.
+    InputError
+        A dtype or shape that is not supported.
+    """
+    if op not in OPERATORS:
+        raise UnknownNameError(f"no benchmark for operator {op!r}; there are {', '.join(OPERATORS)}")
+    for name in dtypes:
+        if name not in DTYPES:
+            raise InputError(f"dtype must be float32 or bfloat16, got {name!r}")
+    if min(contexts, default=0) < 1 or kv_heads < 1 or heads % kv_heads or repeats < 1:
+        raise InputError("bench: contexts and repeats must be positive and heads a multiple of kv_heads")
+    probe = ReadBandwidth()
+    rows = []
+    for dtype in dtypes[:1] if op == "select_topk" else dtypes:
+        for context in contexts:
+            if progress:
+                progress(f"{op} {dtype} at {context} tokens")
+            torch.manual_seed(seed)
+            case = _Case(context, DTYPES[dtype], heads, kv_heads, head_dim, token_ratio, channels, label_bits)
+            times, bandwidth = _interleave(variants := getattr(case, op)(), repeats, probe)
+            shape = {"context": context, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+            rows += _rows({"op": op, "dtype": dtype, **shape}, variants, times, bandwidth)
+    return rows
+
+
+def synthetic_cache(context: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return key and value [1, Hkv, S, d] in huge pages, with the traits that matter here: keys drift smoothly along the text and have
+    a few strong channels, so that a query's best tokens come in scattered clusters."""
+    key, value = (torch.empty(1, kv_heads, context, head_dim, dtype=dtype) for _ in range(2))
+    for x in (key, value):
+        ops.advise_huge_pages(x)
+    value.normal_()
+    strength = torch.empty(kv_heads, 1, head_dim).log_normal_(0.0, 0.8)
+    frequency = torch.rand(kv_heads, 1, head_dim) ** 4 * 0.3
+    phase = torch.rand(kv_heads, 1, head_dim) * 2 * math.pi
+    for begin in range(0, context, 4096):
+        position = torch.arange(begin, min(begin + 4096, context))[None, :, None]
+        drift = torch.sin(position * frequency + phase)
+        key[0, :, begin : begin + 4096] = (strength * (drift + torch.randn_like(drift))).to(dtype)
+    return key, value
+
+
+class _Case:
+    def __init__(
+        self,
+        context: int,
+        dtype: torch.dtype,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        token_ratio: float,
+        channels: int | None,
+        label_bits: int,
+    ) -> None:
+        self.context, self.heads, self.kv_heads = context, heads, kv_heads
+        self.query = torch.randn(1, heads, head_dim).to(dtype)
+        self.key, self.value = synthetic_cache(context, kv_heads, head_dim, dtype)
+        self.k = max(1, int(context * token_ratio))
+        self.row_bytes = 2 * head_dim * self.key.element_size()
+        r = channels or max(1, head_dim // 4)
+        self.channels = self.key[0, :, :1024].float().abs().mean(1).topk(r).indices.int()
+        self.labels = ops.LabelCache.allocate(1, kv_heads, context, r, label_bits, dtype)
+        for part in (self.labels.codes, self.labels.step, self.labels.zero):
+            if part is not None:
+                ops.advise_huge_pages(part)
+        ops.append_labels(self.labels, self.key, self.channels, 0)
+
+    def decode_attention(self) -> list[Variant]:
+        dense = self.context * self.kv_heads * self.row_bytes
+        return [
+            Variant("torch-sdpa", self._sdpa, dense),
+            Variant("dense", lambda: ops.decode_attention(self.query, self.key, self.value), dense),
+            self._sparse("double-sparsity", select="kv_head"),
+            self._sparse("double-sparsity-per-query-head", select="query_head"),
+        ]
+
+    def label_attention(self) -> list[Variant]:
+        return [
+            *self.decode_attention()[1:],
+            self._sparse("double-sparsity-max", select="kv_head", reduce="max"),
+        ]
+
+    def label_scores(self) -> list[Variant]:
+        q, ids, labels, n = self.query, self.channels, self.labels, self.context
+        full = self.key.numel() * self.key.element_size()
+        group = self.heads // self.kv_heads
+        grouped = q.view(self.kv_heads, group, -1)
+        return [
+            Variant("torch-full-keys", lambda: grouped @ self.key[0].transpose(-1, -2), full),
+            *(
+                Variant(
+                    f"labels-{reduce}",
+                    lambda reduce=reduce: ops.label_scores(q, ids, labels, n, reduce=reduce),  # type: ignore[misc]
+                    labels.nbytes(n),
+                )
+                for reduce in ("none", "max", "sum")
+            ),
+        ]
+
+    def select_topk(self) -> list[Variant]:
+        scores = ops.label_scores(self.query, self.channels, self.labels, self.context, reduce="sum")
+        nbytes = scores.numel() * 4
+        return [
+            Variant("torch-topk", lambda: torch.topk(scores, self.k, sorted=False), nbytes),
+            Variant("native", lambda: ops.select_topk(scores, self.k), nbytes),
+        ]
+
+    def _sdpa(self) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(
+            self.query.unsqueeze(2), self.key, self.value, enable_gqa=self.heads != self.kv_heads
+        )
+
+    def _sparse(self, name: str, **how: Any) -> Variant:
+        args = (self.query, self.key, self.value, self.channels, self.labels, self.k)
+        if how["select"] == "kv_head":
+            rows = self.kv_heads * self.k
+        else:  # the heads of a group may choose the same rows, which then are read from memory once
+            chosen = ops.label_attention(*args, **how)[1].view(self.kv_heads, -1)
+            rows = sum(int(group.unique().numel()) for group in chosen)
+        nbytes = rows * self.row_bytes + self.labels.nbytes(self.context)
+        return Variant(name, lambda: ops.label_attention(*args, **how), nbytes)
+
+
+def _interleave(
+    variants: list[Variant], repeats: int, probe: ReadBandwidth
+) -> tuple[dict[str, list[float]], float]:
+    for variant in variants:
+        variant.call()
+    times: dict[str, list[float]] = {variant.name: [] for variant in variants}
+    reads = []
+    for _ in range(repeats):
+        for variant in variants:
+            reads.append(probe.read())
+            begin = time.perf_counter()
+            variant.call()
+            times[variant.name].append(time.perf_counter() - begin)
+    return times, max(reads)
+
+
+def _rows(
+    common: dict[str, Any], variants: list[Variant], times: dict[str, list[float]], bandwidth: float
+) -> list[dict[str, Any]]:
+    median = {name: statistics.median(seconds) for name, seconds in times.items()}
+    torch_name = next((name for name in median if name.startswith("torch-")), None)
+    rows = []
+    for variant in variants:
+        seconds = sorted(times[variant.name])
+        middle = median[variant.name]
+        quartile = len(seconds) // 4
+        rows.append(
+            {
+                **common,
+                "variant": variant.name,
+                "ms": middle * 1e3,
+                "best_ms": seconds[0] * 1e3,
+                "spread": (seconds[-1 - quartile] - seconds[quartile]) / middle,
+                "ratio_to_native_dense": median["dense"] / middle if "dense" in median else None,
+                "ratio_to_torch": median[torch_name] / middle if torch_name else None,
+                "bandwidth_share": variant.nbytes / middle / bandwidth,
+                "bytes": variant.nbytes,
+                "bandwidth": bandwidth,
+            }
+        )
+    return rows

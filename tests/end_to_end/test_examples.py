@@ -1,0 +1,27 @@
+"""Each example runs, and shows what it says it shows."""
+
+import importlib.util
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_attention(smollm2, capsys):
+    result = load("attention").main(["--new", "8", "--tokens", "1/8"])
+    assert result["read"] < 0.5
+    assert result["same"] >= 0.5
+    assert "of the cache bytes were read" in capsys.readouterr().out
+
+
+def test_from_scratch(capsys):
+    result = load("from_scratch").main(["--steps", "40"])
+    assert result["trained"] < 5.5  # bits per byte; 8 before training
+    assert result["pruned"] < result["trained"] + 0.5
+    assert "rows of up to" in capsys.readouterr().out
