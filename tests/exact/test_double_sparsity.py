@@ -157,6 +157,8 @@ def test_4_order_is_a_permutation_with_ties_by_number() -> None:
     order = channel_order(normal(6, 16))
     assert torch.equal(order.sort(-1).values, torch.arange(16).expand(6, -1))
     assert channel_order(torch.tensor([[1.0, 3.0, 3.0, 2.0]])).tolist() == [[1, 2, 3, 0]]
+    ties = torch.arange(256.0).view(1, -1) % 3
+    assert channel_order(ties).tolist() == [sorted(range(256), key=lambda c: (-(c % 3), c))]
 
 
 def test_4_a_planted_outlier_is_first_in_its_head_only() -> None:

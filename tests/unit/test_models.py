@@ -139,14 +139,27 @@ def test_finding_smollm2_does_not_import_its_package() -> None:
     assert run.stdout.strip() == "False", run.stderr
 
 
-def test_hub_without_network(tmp_path: Path) -> None:
+@pytest.mark.parametrize("setting", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])
+def test_hub_without_network(tmp_path: Path, setting: dict[str, str]) -> None:
     # In a process of its own: the hub client reads these settings when it is imported.
     code = "from gossamer.models import load\nfrom gossamer.errors import ModelError\n"
     code += "try: load('nobody/nothing-here')\nexcept ModelError as error: print(error)"
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
-    assert run.stdout.startswith("cannot load nobody/nothing-here")
+    env = {**os.environ, **setting, "HF_HOME": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True, timeout=60)
+    assert run.stdout.startswith("cannot load nobody/nothing-here: there is no such folder here")
     assert run.stdout.count("\n") == 1
+
+
+def test_hub_download_is_used_offline(folder: Path, tmp_path: Path) -> None:
+    # What the hub's client leaves behind after a download.
+    home = tmp_path / "hub" / "models--someone--tiny"
+    shutil.copytree(folder, home / "snapshots" / "0123")
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("0123")
+    code = "from gossamer.models import load; print(load('someone/tiny').name)"
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
+    assert run.stdout == "someone/tiny\n", run.stderr
 
 
 def test_revision_is_for_the_hub(folder: Path) -> None:

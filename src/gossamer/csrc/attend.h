@@ -15,19 +15,21 @@
 
 namespace gossamer::GOSSAMER_ISA {
 
-#ifndef KB
-#define KB 64
+// Rows between two updates of the running maximum. Blocks of a dense range are long, so that the hardware prefetchers have a
+// stream to follow; blocks of listed rows are short: they are fetched by hand, and should not wait long in L2.
+constexpr int kBlock = 256;
+#ifndef IB
+#define IB 32
 #endif
-#ifndef PL
-#define PL 3
-#endif
-constexpr int kBlock = KB;
+constexpr int kListedBlock = IB;
 constexpr int kMaxTile = 16;    // rows whose products are in flight together
 constexpr int kPiecesPerThread = 8;
 
 // Query heads taken together, and rows per tile: as many accumulators as there are registers for.
 template <int G>
 constexpr int kTile = kLanes == 16 ? (G == 1 ? 16 : G == 2 ? 8 : 4) : (G == 1 ? 8 : G == 2 ? 4 : 2);
+// Heads that share a pass over the value rows. Two with whole rows beat four with half rows: memory is read in order.
+constexpr int kTogether = kLanes == 16 ? 2 : 4;
 template <int G>
 constexpr int kColumns = kLanes == 16 ? (G <= 2 ? 8 : 4) : (G == 1 ? 8 : G == 2 ? 4 : 2);
 
@@ -75,25 +77,29 @@ __attribute__((noinline)) void dot_tail(const T* const* rows, const QueryHeads<T
 
 // out[g * R + i] = query head g times row i; out has room for 16.
 template <class T, int G, int R>
-GOSSAMER_INLINE void dot_tile(const T* const* rows, const QueryHeads<T>& q, int64_t dim, float* out) {
+GOSSAMER_INLINE void dot_tile(const T* const* rows, const T* const* soon, const QueryHeads<T>& q, int64_t dim,
+                              int64_t bytes, float* out) {
   constexpr int N = kLanes == 16 && G * R > 8 ? 16 : G * R;
   vf sum[N] = {};
   int64_t c = 0;
   if constexpr (sizeof(T) == 2) {
-    for (; c + 2 * kLanes <= dim; c += 2 * kLanes) {
 #if defined(GOSSAMER_AVX512)
-      __m512bh head[G];
-      GOSSAMER_UNROLL
-      for (int g = 0; g < G; ++g) head[g] = (__m512bh)_mm512_loadu_si512(q.raw + g * q.raw_stride + c);
-      GOSSAMER_UNROLL
-      for (int r = 0; r < R; ++r) {
-        const __m512bh row = (__m512bh)_mm512_loadu_si512(rows[r] + c);
+    c = dim / (2 * kLanes) * (2 * kLanes);
+    GOSSAMER_UNROLL
+    for (int r = 0; r < R; ++r) {
+      if (soon) prefetch_row(soon[r], bytes);
+      for (int64_t i = 0; i < c; i += 2 * kLanes) {
+        const __m512bh row = (__m512bh)_mm512_loadu_si512(rows[r] + i);
         GOSSAMER_UNROLL
-        for (int g = 0; g < G; ++g) sum[g * R + r] = _mm512_dpbf16_ps(sum[g * R + r], row, head[g]);
+        for (int g = 0; g < G; ++g)
+          sum[g * R + r] = _mm512_dpbf16_ps(sum[g * R + r], row, (__m512bh)_mm512_loadu_si512(q.raw + g * q.raw_stride + i));
       }
+    }
 #else
+    for (; c + 2 * kLanes <= dim; c += 2 * kLanes) {
       GOSSAMER_UNROLL
       for (int r = 0; r < R; ++r) {
+        if (soon && c == 0) prefetch_row(soon[r], bytes);
         vf even, odd;
         load_pair(rows[r] + c, even, odd);
         GOSSAMER_UNROLL
@@ -102,20 +108,29 @@ GOSSAMER_INLINE void dot_tile(const T* const* rows, const QueryHeads<T>& q, int6
           sum[g * R + r] = fma(odd, load(head + kLanes), fma(even, load(head), sum[g * R + r]));
         }
       }
-#endif
     }
+#endif
   }
-  for (; c + kLanes <= dim; c += kLanes) {
-    vf head[G];
+  if constexpr (sizeof(T) == 4) {
+    // Row after row, not column after column: the hardware prefetchers follow one stream, not R.
     GOSSAMER_UNROLL
-    for (int g = 0; g < G; ++g) head[g] = load(q.values + g * q.stride + c);
+    for (int r = 0; r < R; ++r) {
+      if (soon) prefetch_row(soon[r], bytes);
+      for (int64_t i = 0; i + kLanes <= dim; i += kLanes) {
+        const vf row = load(rows[r] + i);
+        GOSSAMER_UNROLL
+        for (int g = 0; g < G; ++g) sum[g * R + r] = fma(row, load(q.values + g * q.stride + i), sum[g * R + r]);
+      }
+    }
+    c = dim / kLanes * kLanes;
+  }
+  for (; c + kLanes <= dim; c += kLanes)
     GOSSAMER_UNROLL
     for (int r = 0; r < R; ++r) {
       const vf row = load(rows[r] + c);
       GOSSAMER_UNROLL
-      for (int g = 0; g < G; ++g) sum[g * R + r] = fma(row, head[g], sum[g * R + r]);
+      for (int g = 0; g < G; ++g) sum[g * R + r] = fma(row, load(q.values + g * q.stride + c), sum[g * R + r]);
     }
-  }
   hsum_all<N>(sum, out);
   if (c < dim) dot_tail<T, G, R>(rows, q, c, dim, out);
 }
@@ -128,9 +143,7 @@ void dot_block(const T* const* rows, const T* const* soon, int64_t count, const 
   const int64_t bytes = dim * int64_t(sizeof(T));
   float tile[kMaxTile];
   for (int64_t r = 0; r < count; r += R) {
-    if (soon)
-      for (int i = 0; i < R; ++i) prefetch_row(soon[r + i], bytes);
-    dot_tile<T, G, R>(rows + r, q, dim, tile);
+    dot_tile<T, G, R>(rows + r, soon ? soon + r : nullptr, q, dim, bytes, tile);
     GOSSAMER_UNROLL
     for (int g = 0; g < G; ++g) __builtin_memcpy(logits + g * kBlock + r, tile + g * R, R * sizeof(float));
   }
@@ -190,6 +203,18 @@ GOSSAMER_INLINE void add_columns(const T* const* rows, const T* const* soon, int
 template <class T, int G>
 void add_block(const T* const* rows, const T* const* soon, int64_t count, const float* weights, const float* factor,
                float* acc, int64_t stride, int64_t dim) {
+  if constexpr (G > kTogether) {
+    constexpr int64_t kStep = 16;  // rows that stay in L1 between the passes
+    constexpr float ones[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+    for (int64_t r = 0; r < count; r += kStep) {
+      const int64_t some = imin(kStep, count - r);
+      const float* by = r ? ones : factor;
+      add_block<T, kTogether>(rows + r, soon ? soon + r : nullptr, some, weights + r, by, acc, stride, dim);
+      add_block<T, G - kTogether>(rows + r, nullptr, some, weights + kTogether * kBlock + r, by + kTogether,
+                                  acc + kTogether * stride, stride, dim);
+    }
+    return;
+  }
   constexpr int C = kColumns<G>;
   const int64_t bytes = dim * int64_t(sizeof(T));
   int64_t c = 0;
@@ -219,7 +244,8 @@ class Attention {
         groups(args.batch * per_sequence),
         group_heads(args.heads / per_sequence),
         stride(ceil_div(args.dim, 2 * kLanes) * 2 * kLanes),
-        max_pieces(args.threads * kPiecesPerThread + 1) {}
+        max_pieces(args.threads * kPiecesPerThread + 1),
+        block_rows(args.indices ? kListedBlock : kBlock) {}
 
   void layout(Scratch& scratch) {
     scratch.take(first_row, groups + 1);
@@ -245,7 +271,7 @@ class Attention {
     }
     first_row[groups] = total;
     const int64_t cuts = a.threads > 1 ? a.threads * kPiecesPerThread : 1;
-    piece_rows = imax(ceil_div(ceil_div(total, cuts), kBlock) * kBlock, kBlock);
+    piece_rows = imax(ceil_div(ceil_div(total, cuts), block_rows), 1) * block_rows;
     pieces = ceil_div(total, piece_rows);
   }
 
@@ -321,12 +347,12 @@ class Attention {
     const T **keys = line, **values = keys + kBlock + kMaxTile;
     const T **next_keys = values + kBlock + kMaxTile, **next_values = next_keys + kBlock + kMaxTile;
     const int64_t bytes = a.dim * int64_t(sizeof(T));
-    int64_t count = imin(kBlock, to - from);
+    int64_t count = imin(block_rows, to - from);
     if (!fill(group, from, count, key, value, keys, values)) return void(status = kBadIndex);
     for (int64_t i = 0; i < count; ++i) prefetch_row(keys[i], bytes);
     while (count) {
       from += count;
-      const int64_t next = imin(kBlock, to - from);
+      const int64_t next = imin(block_rows, to - from);
       if (next && !fill(group, from, next, key, value, next_keys, next_values)) return void(status = kBadIndex);
       for (int64_t i = imax(next, 0); i < count; ++i) next_keys[i] = keys[i];
       for (int64_t g = 0; g < group_heads; g += kMaxHeads) {
@@ -388,7 +414,7 @@ class Attention {
   }
 
   const AttentionArgs& a;
-  const int64_t per_sequence, groups, group_heads, stride, max_pieces;
+  const int64_t per_sequence, groups, group_heads, stride, max_pieces, block_rows;
   int64_t* first_row;  // [groups + 1], where each group begins on the line
   Partial* partials;   // [slots][group_heads]; slot = piece + group is unique
   float* partial_out;  // [slots][group_heads][stride], not yet divided by the sum

@@ -26,6 +26,8 @@ from gossamer.errors import InputError, OutputError
 _FORMAT = 1
 _IQR_OF_A_NORMAL = 1.349  # quartile distance of a normal distribution, in standard deviations
 _MEDIAN_INEFFICIENCY = 1.2533  # standard error of a median over that of a mean
+_Z = 2  # standard errors that make a difference in a report
+_NO_SAMPLES = "an estimate needs at least one sample"
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,28 @@ class Estimate:
         values = _samples(samples)
         n = len(values)
         return cls(float(values.mean()), float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan, n)
+
+    @classmethod
+    def of_share(cls, successes: int, n: int) -> Estimate:
+        """From `n` samples that are each a success or not.
+
+        The mean is the share p that was observed. Its standard error is such that two of them reach from p to the
+        farther end of Wilson's interval, (z |1/2 − p| + √(n p (1 − p) + z²/4)) / (n + z²) with z = 2, so that none or
+        all of a few samples do not look certain.
+
+        >>> Estimate.of_share(4, 4)
+        Estimate(mean=1.0, stderr=0.25, n=4)
+
+        Raises:
+            InputError: no samples, or a count outside 0..n.
+        """
+        if n < 1:
+            raise InputError(_NO_SAMPLES)
+        if not 0 <= successes <= n:
+            raise InputError(f"{successes} successes of {n} samples: there must be 0 to {n}")
+        p = successes / n
+        reach = _Z * abs(0.5 - p) + math.sqrt(n * p * (1 - p) + _Z**2 / 4)
+        return cls(p, reach / (n + _Z**2), n)
 
 
 @dataclass(frozen=True)
@@ -333,7 +357,7 @@ def write_whole(path: str | Path, text: str) -> Path:
 def _samples(samples: Iterable[float]) -> np.ndarray[Any, np.dtype[np.float64]]:
     values = np.asarray(list(samples), dtype=np.float64)
     if values.ndim != 1 or not values.size:
-        raise InputError("an estimate needs at least one sample")
+        raise InputError(_NO_SAMPLES)
     return values
 
 

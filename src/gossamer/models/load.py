@@ -177,9 +177,25 @@ def _load_folder(folder: Path, dtype: torch.dtype | str, check: bool) -> tuple[A
 
 
 def _load_hub(hub_id: str, dtype: torch.dtype | str, revision: str | None, check: bool) -> tuple[Any, Any]:
-    """Load from the hub's cache or, where the network allows, from the hub."""
-    what = f"{hub_id} (no folder of that name here, so looked for on the hub)"
-    return _from_pretrained(hub_id, what, check, dtype=dtype, revision=revision)
+    """Load from the hub or, where it does not answer, from the copies that its client keeps on this machine."""
+    from huggingface_hub import model_info
+
+    refusal = None
+    try:
+        # Asked once beforehand, because the loaders repeat every failing request for almost a minute.
+        model_info(hub_id, revision=revision, timeout=10)
+    except Exception as error:  # no network, no such model, no permission, or told to stay offline
+        refusal = _one_line(error)
+    try:
+        return _from_pretrained(
+            hub_id, hub_id, check, dtype=dtype, revision=revision, local_files_only=refusal is not None
+        )
+    except ModelError as error:
+        if refusal is None:
+            raise
+        raise ModelError(
+            f"cannot load {hub_id}: there is no such folder here, no earlier download, and the hub failed: {refusal}"
+        ) from error
 
 
 def _from_pretrained(source: str, what: str, check: bool, *, dtype: torch.dtype | str, **where: Any) -> tuple[Any, Any]:
