@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -295,6 +297,7 @@ def compare(
             one: Any = step.method
             entries.append(Entry(one, f"{one.name} ({path.stem})", step.load_calibration(path.parent)))
         comparison = run(loaded, chosen, plan, progress, entries)
+    comparison = replace(comparison, command=shlex.join(["gossamer", *sys.argv[1:]]))
     if json_ is not None:
         comparison.save(json_)
     if html is not None:
@@ -392,7 +395,7 @@ def bench(
     """Time an operator beside torch and our own dense kernel, and beside what the memory gives."""
     import torch
 
-    from gossamer.measure import bench as benches
+    import gossamer.measure.bench as benches
 
     if op is None:
         out.print("operators: " + ", ".join(benches.OPERATORS), highlight=False)

@@ -34,7 +34,7 @@ def page_bounds(key: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
 def page_scores(query: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Upper bounds u ``[batch, heads, pages]`` for `query` ``[batch, heads, d]`` and bounds ``[batch, kv_heads, pages, d]``."""
     grouped = query.unflatten(1, (low.shape[1], -1)).float()
-    u = grouped.clamp_min(0) @ high.float().transpose(2, 3) + grouped.clamp_max(0) @ low.float().transpose(2, 3)
+    u: Tensor = grouped.clamp_min(0) @ high.float().transpose(2, 3) + grouped.clamp_max(0) @ low.float().transpose(2, 3)
     return u.flatten(1, 2)
 
 

@@ -13,15 +13,14 @@
 #define GOSSAMER_UNROLL _Pragma("GCC unroll 16")
 #endif
 
+#define GOSSAMER_LAMBDA __attribute__((always_inline))
+
 namespace gossamer::GOSSAMER_ISA {
 
 // Rows between two updates of the running maximum. Blocks of a dense range are long, so that the hardware prefetchers have a
 // stream to follow; blocks of listed rows are short: they are fetched by hand, and should not wait long in L2.
 constexpr int kBlock = 256;
-#ifndef IB
-#define IB 32
-#endif
-constexpr int kListedBlock = IB;
+constexpr int kListedBlock = 32;
 constexpr int kMaxTile = 16;    // rows whose products are in flight together
 constexpr int kPiecesPerThread = 8;
 
@@ -75,75 +74,64 @@ __attribute__((noinline)) void dot_tail(const T* const* rows, const QueryHeads<T
       for (int r = 0; r < R; ++r) out[g * R + r] += q.values[g * q.stride + c] * to_float(rows[r][c]);
 }
 
-// out[g * R + i] = query head g times row i; out has room for 16.
-template <class T, int G, int R>
-GOSSAMER_INLINE void dot_tile(const T* const* rows, const T* const* soon, const QueryHeads<T>& q, int64_t dim,
-                              int64_t bytes, float* out) {
+// out[g * R + i] = query head g times row i; out has room for 16. `Stream` goes row after row, because the hardware
+// prefetchers follow one stream better than R; listed rows, fetched by hand, go column after column, which loads the query
+// once for R rows.
+template <class T, int G, int R, bool Stream>
+GOSSAMER_INLINE void dot_tile(const T* const* rows, const QueryHeads<T>& q, int64_t dim, float* out) {
   constexpr int N = kLanes == 16 && G * R > 8 ? 16 : G * R;
   vf sum[N] = {};
   int64_t c = 0;
+  const auto for_tile = [&](int64_t end, int64_t step, const auto& body) GOSSAMER_LAMBDA {
+    if constexpr (Stream) {
+      GOSSAMER_UNROLL
+      for (int r = 0; r < R; ++r)
+        for (int64_t i = c; i + step <= end; i += step) body(r, i);
+    } else {
+      for (int64_t i = c; i + step <= end; i += step)
+        GOSSAMER_UNROLL
+        for (int r = 0; r < R; ++r) body(r, i);
+    }
+    c += (end - c) / step * step;
+  };
   if constexpr (sizeof(T) == 2) {
+    for_tile(dim, 2 * kLanes, [&](int r, int64_t i) GOSSAMER_LAMBDA {
 #if defined(GOSSAMER_AVX512)
-    c = dim / (2 * kLanes) * (2 * kLanes);
-    GOSSAMER_UNROLL
-    for (int r = 0; r < R; ++r) {
-      if (soon) prefetch_row(soon[r], bytes);
-      for (int64_t i = 0; i < c; i += 2 * kLanes) {
-        const __m512bh row = (__m512bh)_mm512_loadu_si512(rows[r] + i);
-        GOSSAMER_UNROLL
-        for (int g = 0; g < G; ++g)
-          sum[g * R + r] = _mm512_dpbf16_ps(sum[g * R + r], row, (__m512bh)_mm512_loadu_si512(q.raw + g * q.raw_stride + i));
-      }
-    }
+      const __m512bh row = (__m512bh)_mm512_loadu_si512(rows[r] + i);
+      GOSSAMER_UNROLL
+      for (int g = 0; g < G; ++g)
+        sum[g * R + r] = _mm512_dpbf16_ps(sum[g * R + r], row, (__m512bh)_mm512_loadu_si512(q.raw + g * q.raw_stride + i));
 #else
-    for (; c + 2 * kLanes <= dim; c += 2 * kLanes) {
+      vf even, odd;
+      load_pair(rows[r] + i, even, odd);
       GOSSAMER_UNROLL
-      for (int r = 0; r < R; ++r) {
-        if (soon && c == 0) prefetch_row(soon[r], bytes);
-        vf even, odd;
-        load_pair(rows[r] + c, even, odd);
-        GOSSAMER_UNROLL
-        for (int g = 0; g < G; ++g) {
-          const float* head = q.values + g * q.stride + c;
-          sum[g * R + r] = fma(odd, load(head + kLanes), fma(even, load(head), sum[g * R + r]));
-        }
+      for (int g = 0; g < G; ++g) {
+        const float* head = q.values + g * q.stride + i;
+        sum[g * R + r] = fma(odd, load(head + kLanes), fma(even, load(head), sum[g * R + r]));
       }
-    }
 #endif
+    });
   }
-  if constexpr (sizeof(T) == 4) {
-    // Row after row, not column after column: the hardware prefetchers follow one stream, not R.
+  for_tile(dim, kLanes, [&](int r, int64_t i) GOSSAMER_LAMBDA {
+    const vf row = load(rows[r] + i);
     GOSSAMER_UNROLL
-    for (int r = 0; r < R; ++r) {
-      if (soon) prefetch_row(soon[r], bytes);
-      for (int64_t i = 0; i + kLanes <= dim; i += kLanes) {
-        const vf row = load(rows[r] + i);
-        GOSSAMER_UNROLL
-        for (int g = 0; g < G; ++g) sum[g * R + r] = fma(row, load(q.values + g * q.stride + i), sum[g * R + r]);
-      }
-    }
-    c = dim / kLanes * kLanes;
-  }
-  for (; c + kLanes <= dim; c += kLanes)
-    GOSSAMER_UNROLL
-    for (int r = 0; r < R; ++r) {
-      const vf row = load(rows[r] + c);
-      GOSSAMER_UNROLL
-      for (int g = 0; g < G; ++g) sum[g * R + r] = fma(row, load(q.values + g * q.stride + c), sum[g * R + r]);
-    }
+    for (int g = 0; g < G; ++g) sum[g * R + r] = fma(row, load(q.values + g * q.stride + i), sum[g * R + r]);
+  });
   hsum_all<N>(sum, out);
   if (c < dim) dot_tail<T, G, R>(rows, q, c, dim, out);
 }
 
 // logits[g][i] for `count` rows; rows beyond the count repeat a valid one. Pulls the value rows in meanwhile.
-template <class T, int G>
+template <class T, int G, bool Stream>
 void dot_block(const T* const* rows, const T* const* soon, int64_t count, const QueryHeads<T>& q, int64_t dim,
                float* logits) {
   constexpr int R = kTile<G>;
   const int64_t bytes = dim * int64_t(sizeof(T));
   float tile[kMaxTile];
   for (int64_t r = 0; r < count; r += R) {
-    dot_tile<T, G, R>(rows + r, soon ? soon + r : nullptr, q, dim, bytes, tile);
+    if (soon)
+      for (int i = 0; i < R; ++i) prefetch_row(soon[r + i], bytes);
+    dot_tile<T, G, R, Stream>(rows + r, q, dim, tile);
     GOSSAMER_UNROLL
     for (int g = 0; g < G; ++g) __builtin_memcpy(logits + g * kBlock + r, tile + g * R, R * sizeof(float));
   }
@@ -200,17 +188,17 @@ GOSSAMER_INLINE void add_columns(const T* const* rows, const T* const* soon, int
     for (int j = 0; j < C; ++j) store(acc + g * stride + c + j * kLanes, sum[g][j]);
 }
 
-template <class T, int G>
+template <class T, int G, bool Stream>
 void add_block(const T* const* rows, const T* const* soon, int64_t count, const float* weights, const float* factor,
                float* acc, int64_t stride, int64_t dim) {
-  if constexpr (G > kTogether) {
+  if constexpr (Stream && G > kTogether) {
     constexpr int64_t kStep = 16;  // rows that stay in L1 between the passes
     constexpr float ones[4] = {1.0f, 1.0f, 1.0f, 1.0f};
     for (int64_t r = 0; r < count; r += kStep) {
       const int64_t some = imin(kStep, count - r);
       const float* by = r ? ones : factor;
-      add_block<T, kTogether>(rows + r, soon ? soon + r : nullptr, some, weights + r, by, acc, stride, dim);
-      add_block<T, G - kTogether>(rows + r, nullptr, some, weights + kTogether * kBlock + r, by + kTogether,
+      add_block<T, kTogether, Stream>(rows + r, soon ? soon + r : nullptr, some, weights + r, by, acc, stride, dim);
+      add_block<T, G - kTogether, Stream>(rows + r, nullptr, some, weights + kTogether * kBlock + r, by + kTogether,
                                   acc + kTogether * stride, stride, dim);
     }
     return;
@@ -359,10 +347,10 @@ class Attention {
         const QueryHeads<T> heads{q + g * stride, raw + g * a.q_head, stride, a.q_head};
         Block block{keys, values, next_keys, count, part + g, out + g * stride, logits + thread * kMaxHeads * kBlock, g == 0};
         switch (imin(kMaxHeads, group_heads - g)) {
-          case 1: attend<1>(heads, block); break;
-          case 2: attend<2>(heads, block); break;
-          case 3: attend<3>(heads, block); break;
-          default: attend<4>(heads, block);
+          case 1: a.indices ? attend<1, false>(heads, block) : attend<1, true>(heads, block); break;
+          case 2: a.indices ? attend<2, false>(heads, block) : attend<2, true>(heads, block); break;
+          case 3: a.indices ? attend<3, false>(heads, block) : attend<3, true>(heads, block); break;
+          default: a.indices ? attend<4, false>(heads, block) : attend<4, true>(heads, block);
         }
       }
       swap(keys, next_keys), swap(values, next_values);
@@ -378,13 +366,13 @@ class Attention {
     bool first;  // of the head groups that read this block: the one that fetches ahead
   };
 
-  template <int G>
+  template <int G, bool Stream>
   void attend(const QueryHeads<T>& heads, const Block& block) {
     float factor[G];
-    dot_block<T, G>(block.keys, block.first ? block.values : nullptr, block.count, heads, a.dim, block.logits);
+    dot_block<T, G, Stream>(block.keys, block.first ? block.values : nullptr, block.count, heads, a.dim, block.logits);
     for (int g = 0; g < G; ++g)
       factor[g] = softmax_update(block.logits + g * kBlock, block.count, a.scale, block.part[g].peak, block.part[g].sum);
-    add_block<T, G>(block.values, block.first ? block.next_keys : nullptr, block.count, block.logits, factor, block.out,
+    add_block<T, G, Stream>(block.values, block.first ? block.next_keys : nullptr, block.count, block.logits, factor, block.out,
                     stride, a.dim);
   }
 

@@ -105,7 +105,8 @@ class LayerView:
 
 def _groups(query: Tensor, kv_heads: int) -> Tensor:
     """``[batch, heads, new, d]`` as ``[batch, kv_heads, group, new, d]``."""
-    return query.unflatten(1, (kv_heads, query.shape[1] // kv_heads))
+    batch, heads, new, dim = query.shape
+    return query.reshape(batch, kv_heads, heads // kv_heads, new, dim)
 
 
 def visible_mask(new: int, length: int, starts: Tensor | None, window: int | None, device: torch.device) -> Tensor:
@@ -352,13 +353,10 @@ class AttentionRuntime:
             return self._exact(query, key, value, scale, starts, window, softcap, holes, dropout)
         layer = self._layer(module, scale, window, starts)
         if layer is not None and (new == 1 or self.teacher_forced):
-            if self.decode is None:
-                step = layer.dense_decode
-            else:
-                policy = self.decode
+            policy = self.decode
 
-                def step(q: Tensor, n: int) -> Tensor:
-                    return policy.decode(layer, q, n)
+            def step(one: Tensor, rows: int) -> Tensor:
+                return layer.dense_decode(one, rows) if policy is None else policy.decode(layer, one, rows)
 
             if new == 1:
                 return step(query[:, :, 0], length).unsqueeze(2)

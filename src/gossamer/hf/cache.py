@@ -70,17 +70,17 @@ class KVLayer(CacheLayerMixin):
 
     # The names that transformers reads.
     @property
-    def is_initialized(self) -> bool:  # type: ignore[override]
+    def is_initialized(self) -> bool:
         """Whether storage exists yet."""
         return self.key_storage is not None
 
     @property
-    def keys(self) -> Tensor | None:  # type: ignore[override]
+    def keys(self) -> Tensor | None:
         """Used key rows ``[batch, kv_heads, length, head_dim]`` (a view)."""
         return None if self.key_storage is None else self.key_storage.narrow(2, 0, self.length)
 
     @property
-    def values(self) -> Tensor | None:  # type: ignore[override]
+    def values(self) -> Tensor | None:
         """Used value rows ``[batch, kv_heads, length, head_dim]`` (a view)."""
         return None if self.value_storage is None else self.value_storage.narrow(2, 0, self.length)
 

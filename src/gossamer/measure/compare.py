@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -117,6 +118,7 @@ class _Measured:
         self.read: dict[str, float] = {}
         self.extra_bytes = 0
         self.overhead: float | None = None
+        self.peak: int | None = None
 
     def attach(self, loaded: LoadedModel) -> AttentionHandle:
         return attach_attention(loaded.model, [(self.entry.method, self.entry.calibration)])
@@ -174,8 +176,7 @@ def compare(
         last = index == len(segments) - 1
         cache = _run_segment(loaded, measured, segment, tick, "text", picture=last)
         if last:
-            with costs.peak_memory():
-                timing = _time(loaded, measured, cache, plan, tick)
+            timing = _time(loaded, measured, cache, plan, tick)
     for name, examples in tasks.items():
         for segment in examples:
             _run_segment(loaded, measured, segment, tick, name)
@@ -219,9 +220,9 @@ def _run_segment(
                 runtime = handle.runtime
                 cache = shared
                 if cache is None or runtime.prefill is not None:
-                    start = costs.time.perf_counter()
+                    start = time.perf_counter()
                     cache = prefill(loaded.model, segment.context, reserve)
-                    m.prefill_ms.append(1e3 * (costs.time.perf_counter() - start))
+                    m.prefill_ms.append(1e3 * (time.perf_counter() - start))
                     tick(f"reading {len(segment.context)} tokens")
                 if shared is None:
                     shared = cache
@@ -291,13 +292,14 @@ def _time(
     loaded: LoadedModel, measured: list[_Measured], cache: Any, plan: Plan, tick: Callable[[str], None]
 ) -> MethodResult | None:
     """Interleaved timing of all entries after the shared cache, and of the untouched model."""
-    plain = {"sdpa": costs.StepTimes(), "eager": costs.StepTimes()} if plan.transformers else {}
+    plain = {how: costs.StepTimes() for how in costs.TRANSFORMERS_WAYS} if plan.transformers else {}
     for _ in range(plan.rounds):
         costs.time_transformers(loaded.model, cache, 1, plan.steps, plain)
         for m in measured:
             if m.error is None:
-                with m.attach(loaded) as handle:
+                with m.attach(loaded) as handle, costs.peak_memory() as peak:
                     costs.time_steps(loaded.model, handle.runtime, cache, 1, plan.steps, m.times)
+                m.peak = max([m.peak or 0, *peak]) or None
             tick(f"timing {m.entry.label}")
     for m in measured:
         if m.error is None:
@@ -328,9 +330,17 @@ def _time(
             formula_bytes=None,
         ),
         selection=None,
-        notes=["the untouched model; its cache is copied at every token"],
+        notes=[
+            "the untouched model, by the fastest of "
+            + ", ".join(f"{how} ({costs.summarise_steps(t.step):.0f} ms)" for how, t in timed.items())
+        ],
         error=None,
     )
+
+
+def share(samples: Sequence[float]) -> Estimate:
+    """An estimate from samples that are 0 or 1."""
+    return Estimate.of_share(round(sum(samples)), len(samples))
 
 
 def _row(loaded: LoadedModel, m: _Measured, dense: _Measured, cache: Any, plan: Plan) -> MethodResult:
@@ -343,9 +353,9 @@ def _row(loaded: LoadedModel, m: _Measured, dense: _Measured, cache: Any, plan: 
         ppl = float(torch.tensor(nll.mean).exp())
         quality = Quality(
             kl=None if m is dense else Estimate.of(torch.cat([d.kl(s) for d, s in pairs]).tolist()),
-            agreement=None if m is dense else Estimate.of(torch.cat([d.agreement(s) for d, s in pairs]).tolist()),
+            agreement=None if m is dense else share(torch.cat([d.agreement(s) for d, s in pairs]).tolist()),
             perplexity=Estimate(mean=ppl, stderr=ppl * nll.stderr, n=nll.n),
-            tasks={t: Estimate.of([float(s.exact) for s in scores]) for t, scores in m.task_scores.items()},
+            tasks={t: share([float(s.exact) for s in scores]) for t, scores in m.task_scores.items()},
             task_logprob={
                 t: Estimate.of([float(s.log_prob.mean()) for s in scores]) for t, scores in m.task_scores.items()
             },
@@ -376,7 +386,7 @@ def _row(loaded: LoadedModel, m: _Measured, dense: _Measured, cache: Any, plan: 
             score_bytes_read=m.read.get("score", 0.0),
             dense_bytes_read=m.read.get("dense", 0.0),
             weight_bytes_read=costs.weight_bytes(loaded.model),
-            peak_memory=None,
+            peak_memory=m.peak,
             formula_bytes={**per_layer, "sparse_layers": shape.layers - dense_layers},
         ),
         selection=m.selection,

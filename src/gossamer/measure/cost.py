@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from gossamer.hf import AttentionRuntime, GossamerCache
+from gossamer.hf.views import text_config
 
 
 @dataclass
@@ -90,7 +91,8 @@ def time_steps(
                 into.step.append(1e3 * elapsed)
                 if runtime is not None:
                     into.attention.append(1e3 * spent)
-    cache.crop(before - cache.get_seq_length())
+    if isinstance(cache, GossamerCache):  # the others were made for this call
+        cache.crop(before - cache.get_seq_length())
 
 
 def _one(call: Any, current: Tensor, cache: Any, device: torch.device) -> float:
@@ -101,28 +103,34 @@ def _one(call: Any, current: Tensor, cache: Any, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def transformers_cache(model: nn.Module, cache: GossamerCache) -> DynamicCache:
-    """The same contents in a cache of transformers' own."""
-    config: Any = model.config
-    plain = DynamicCache(config=config.get_text_config(decoder=True))
+#: How transformers itself can decode on a CPU: attention implementation, and whether the cache is preallocated.
+TRANSFORMERS_WAYS = {
+    "sdpa": ("sdpa", False),
+    "eager": ("eager", False),
+    "sdpa, static cache": ("sdpa", True),
+}
+
+
+def transformers_cache(model: nn.Module, cache: GossamerCache, room: int, static: bool) -> Cache:
+    """The same contents in a cache of transformers' own, with `room` for more tokens if it is static."""
+    config: Any = model.config  # type: ignore[assignment]
+    text = config.get_text_config(decoder=True)
+    plain: Any = StaticCache(config=text, max_cache_len=cache.get_seq_length() + room) if static else DynamicCache(config=text)
     for index, layer in enumerate(cache.layers):
         plain.update(layer.keys.clone(), layer.values.clone(), index)
-    return plain
+    return plain  # type: ignore[no-any-return]
 
 
 def time_transformers(
     model: nn.Module, cache: GossamerCache, token: int, steps: int, into: dict[str, StepTimes]
 ) -> None:
-    """Time the untouched model with each of its CPU attention implementations (sdpa, eager)."""
-    wrapped: Any = model
-    config = wrapped.config.get_text_config(decoder=True)
+    """Time the untouched model in each of `TRANSFORMERS_WAYS` that `into` names."""
+    config = text_config(model)
     previous = config._attn_implementation
     try:
-        for name, times in into.items():
-            config._attn_implementation = name
-            plain = transformers_cache(model, cache)
-            if all(type(layer).is_croppable for layer in plain.layers):
-                time_steps(model, None, plain, token, steps, times)
+        for way, times in into.items():
+            config._attn_implementation, static = TRANSFORMERS_WAYS[way]
+            time_steps(model, None, transformers_cache(model, cache, steps + 1, static), token, steps, times)
     finally:
         config._attn_implementation = previous
 

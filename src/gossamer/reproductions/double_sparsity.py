@@ -62,7 +62,7 @@ def _experiment(progress: Progress) -> Outcome:
     evaluation = token_blocks(loaded.tokenizer, split(prose, "evaluation"), CONTEXT + SCORED, SEGMENTS, seed=SEED)
     kl: dict[str, list[float]] = {name: [] for name in methods}
     loss: dict[str, list[float]] = {name: [] for name in methods}
-    passkey = {"exact": dict.fromkeys(methods, 0), "log_prob": dict.fromkeys(methods, 0.0)}
+    passkey: dict[str, dict[str, float]] = {"exact": dict.fromkeys(methods, 0), "log_prob": dict.fromkeys(methods, 0.0)}
     segments = segments_of(evaluation, CONTEXT, SCORED)
     questions = task_segments(
         [encode(loaded.tokenizer, e) for e in make_task("passkey", loaded.tokenizer, 900, 6, SEED)]
