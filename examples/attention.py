@@ -1,6 +1,6 @@
 """Sparse attention in one page: calibrate, attach, generate, see what was read.
 
-    python examples/attention.py [MODEL] [--tokens 1/8]
+python examples/attention.py [MODEL] [--tokens 1/8]
 """
 
 import argparse
@@ -11,7 +11,9 @@ import gossamer
 def main(argv: list[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default="smollm2")
-    parser.add_argument("--tokens", default="1/8", help="rows read per query head, a count or a fraction of the context")
+    parser.add_argument(
+        "--tokens", default="1/8", help="rows read per query head, a count or a fraction of the context"
+    )
     parser.add_argument("--new", type=int, default=24, help="tokens to generate")
     args = parser.parse_args(argv)
 

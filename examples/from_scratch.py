@@ -38,7 +38,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.project(x)
-        return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(2))
+        return self.out(
+            F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(2)
+        )
 
 
 class Block(nn.Module):
@@ -133,7 +135,9 @@ def decode(model: Model, prompt: Tensor, new: int, budget: int | None) -> tuple[
                 if budget is None or budget >= stop:
                     a = ops.decode_attention(q[:, :, 0], key, value)[:, :, None]
                 else:
-                    a = ops.label_attention(q[:, :, 0], key, value, channels[i], labels[i], budget, select="query_head")[0][:, :, None]
+                    a = ops.label_attention(
+                        q[:, :, 0], key, value, channels[i], labels[i], budget, select="query_head"
+                    )[0][:, :, None]
             x = x + block.attention.out(a.transpose(1, 2).flatten(2))
             x = x + block.mlp(block.norm2(x))
         out.append(int(model.logits(x[:, -1:]).argmax()))
@@ -153,7 +157,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     masks = prune(model, sparsity=0.5)
     result["pruned"] = train(model, data, max(1, args.steps // 4), masks)
     kept = sum(int(m.sum()) for m in masks.values()) / sum(m.numel() for m in masks.values())
-    print(f"pruned:   {result['pruned']:.2f} bits per byte with {kept:.0%} of the weights, after a little more training")
+    print(
+        f"pruned:   {result['pruned']:.2f} bits per byte with {kept:.0%} of the weights, after a little more training"
+    )
     prompt = data[1000:1192]
     dense, _ = decode(model, prompt, 60, None)
     sparse, _ = decode(model, prompt, 60, 48)

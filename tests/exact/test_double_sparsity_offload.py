@@ -78,7 +78,9 @@ def test_prediction_from_the_true_input_equals_no_offload(model, calibration, id
 
     original = offload.OffloadPolicy.decode
     monkeypatch.setattr(offload.OffloadPolicy, "decode", decode)
-    far, _, _ = step_by_step(model, calibration, ids, **setting(select_per=select_per, offload="file", sync_layers=(0,)))
+    far, _, _ = step_by_step(
+        model, calibration, ids, **setting(select_per=select_per, offload="file", sync_layers=(0,))
+    )
     assert set(true) == {0, 1, 2, 3}
     torch.testing.assert_close(far, near, atol=1e-5, rtol=1e-5)
 
@@ -87,11 +89,15 @@ def test_prediction_is_used_and_differs(model, calibration, ids):
     near, _, _ = step_by_step(model, calibration, ids, **setting())
     far, _, trace = step_by_step(model, calibration, ids, **setting(offload="file", sync_layers=(0,)))
     assert not torch.equal(near, far)
-    assert all((indices[:, :, 0] == length - 1).all() for _, length, indices, _ in trace), "the current token is always there"
+    assert all((indices[:, :, 0] == length - 1).all() for _, length, indices, _ in trace), (
+        "the current token is always there"
+    )
 
 
 def test_a_block_equals_steps_with_prediction(model, calibration, ids):
-    settings = setting(offload="file", sync_layers=(0, -1), label_bits=16)  # coarse labels tie, and ties turn on rounding
+    settings = setting(
+        offload="file", sync_layers=(0, -1), label_bits=16
+    )  # coarse labels tie, and ties turn on rounding
     steps, _, _ = step_by_step(model, calibration, ids, **settings)
     torch.testing.assert_close(in_one_block(model, calibration, ids, **settings), steps, atol=1e-5, rtol=1e-5)
 
@@ -122,7 +128,7 @@ def test_dense_layers_stay_in_memory_and_others_are_mapped(model, calibration, i
 
 def test_budget_of_one_reads_the_current_token_only(model, calibration, ids):
     near, _, _ = step_by_step(model, calibration, ids, **setting(tokens=1))
-    far, stats, _ = step_by_step(model, calibration, ids, **setting(tokens=1, offload="file"))
+    far, _, _ = step_by_step(model, calibration, ids, **setting(tokens=1, offload="file"))
     torch.testing.assert_close(far, near, atol=1e-5, rtol=1e-5)
 
 

@@ -117,7 +117,9 @@ def test_debug_shows_the_trace(capsys):
 
 def test_help_needs_no_torch():
     """`gossamer --help` must not wait for heavy imports."""
-    script = "import sys\nfrom gossamer import cli\nassert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    script = (
+        "import sys\nfrom gossamer import cli\nassert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", script], check=True)
 
 

@@ -26,7 +26,9 @@ def test_a_calibration_beside_the_recipe_is_found(tmp_path):
     model = tiny_model("llama")
     ids = torch.randint(3, model.config.vocab_size, (1, 64))
     DoubleSparsity().calibrate(model, ids).save(tmp_path / "ds.safetensors")
-    (tmp_path / "r.yaml").write_text("methods:\n- double-sparsity: {tokens: 8, dense_layers: [], calibration: ds.safetensors}\n")
+    (tmp_path / "r.yaml").write_text(
+        "methods:\n- double-sparsity: {tokens: 8, dense_layers: [], calibration: ds.safetensors}\n"
+    )
     with Recipe.load(tmp_path / "r.yaml").attach(model) as handle, torch.no_grad():
         cache = model(ids, use_cache=True).past_key_values
         model(ids[:, :1], past_key_values=cache)

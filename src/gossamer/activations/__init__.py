@@ -1,0 +1,1 @@
+"""Methods that skip neurons and channels."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -49,7 +49,7 @@ class AttentionMethod(Method):
 class AttentionHandle(Handle):
     """Attached attention methods, with the runtime that measures and records them."""
 
-    runtime: AttentionRuntime = cast(AttentionRuntime, None)
+    runtime: AttentionRuntime = field(kw_only=True)
 
 
 def attach(model: nn.Module, chosen: list[tuple[AttentionMethod, Calibration | None]]) -> AttentionHandle:

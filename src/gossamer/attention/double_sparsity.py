@@ -58,17 +58,21 @@ def magnitude(states: Tensor) -> Tensor:
     return states.abs().float().mean(dim=(0, 2))
 
 
+def _own_products(query: Tensor, key: Tensor) -> Tensor:
+    """|q·k| per channel of each token with itself, contiguous ``[batch, heads, tokens, d]``."""
+    grouped: Tensor = query.unflatten(1, (key.shape[1], -1))
+    return (grouped * key.unsqueeze(2)).flatten(1, 2).abs().float()
+
+
 def product_magnitude(query: Tensor, key: Tensor) -> Tensor:
     """Mean over tokens of |q·k| per channel, each token with itself: → ``[heads, d]``; keys ``[batch, kv_heads, tokens, d]``."""
-    grouped = query.unflatten(1, (key.shape[1], -1))
-    return (grouped * key.unsqueeze(2)).flatten(1, 2).abs().float().mean(dim=(0, 2))
+    return _own_products(query, key).mean(dim=(0, 2))
 
 
 def released_product_magnitude(query: Tensor, key: Tensor) -> Tensor:
     """The released script's qk statistic: the head axis is not moved before flattening, so "heads" mix positions."""
-    grouped = query.unflatten(1, (key.shape[1], -1))
-    product = (grouped * key.unsqueeze(2)).flatten(1, 2)
-    return product.reshape(-1, product.shape[1], product.shape[3]).abs().float().mean(dim=0)
+    product = _own_products(query, key)
+    return product.reshape(-1, product.shape[1], product.shape[3]).mean(dim=0)
 
 
 def channel_order(score: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Methods that choose what the KV cache keeps, where, and at which precision."""

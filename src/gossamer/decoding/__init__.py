@@ -1,0 +1,1 @@
+"""The draft–verify engine, drafters and acceptance rules."""

@@ -34,10 +34,10 @@ class DecodePolicy(ABC):
     #: Where each layer's rows are kept (None: in memory, on the model's device).
     places: list[Allocator] | None = None
 
-    def attached(self, runtime: AttentionRuntime) -> None:
+    def attached(self, runtime: AttentionRuntime) -> None:  # noqa: B027 (optional)
         """Called once when the policy is on its model (default: nothing to do)."""
 
-    def detached(self) -> None:
+    def detached(self) -> None:  # noqa: B027 (optional)
         """Called once when it is taken off; undo what `attached` did (default: nothing)."""
 
     def open(self, layer: LayerView) -> Any:

@@ -1,0 +1,1 @@
+"""Quality, cost and reports, by one yardstick for all methods."""

@@ -203,9 +203,7 @@ class _Case:
         return Variant(name, lambda: ops.label_attention(*args, **how), nbytes)
 
 
-def _interleave(
-    variants: list[Variant], repeats: int, probe: ReadBandwidth
-) -> tuple[dict[str, list[float]], float]:
+def _interleave(variants: list[Variant], repeats: int, probe: ReadBandwidth) -> tuple[dict[str, list[float]], float]:
     for variant in variants:
         variant.call()
     times: dict[str, list[float]] = {variant.name: [] for variant in variants}

@@ -113,12 +113,14 @@ TRANSFORMERS_WAYS = {
 
 def transformers_cache(model: nn.Module, cache: GossamerCache, room: int, static: bool) -> Cache:
     """The same contents in a cache of transformers' own, with `room` for more tokens if it is static."""
-    config: Any = model.config  # type: ignore[assignment]
+    config: Any = model.config
     text = config.get_text_config(decoder=True)
-    plain: Any = StaticCache(config=text, max_cache_len=cache.get_seq_length() + room) if static else DynamicCache(config=text)
+    plain: Any = (
+        StaticCache(config=text, max_cache_len=cache.get_seq_length() + room) if static else DynamicCache(config=text)
+    )
     for index, layer in enumerate(cache.layers):
         plain.update(layer.keys.clone(), layer.values.clone(), index)
-    return plain  # type: ignore[no-any-return]
+    return plain
 
 
 def time_transformers(
@@ -161,9 +163,8 @@ def peak_memory() -> Iterator[list[int]]:
         known = False
     yield result
     if known:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                result.append(int(line.split()[1]) * 1024)
+        status = Path("/proc/self/status").read_text().splitlines()
+        result.extend(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
 
 
 def machine() -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Learned and compressed tokenizations, and their generators."""

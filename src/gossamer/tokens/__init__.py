@@ -1,0 +1,1 @@
+"""Methods that drop, merge or summarise tokens."""

@@ -1,0 +1,1 @@
+"""Methods that prune, mask, slice and restructure weights."""
