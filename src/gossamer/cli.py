@@ -154,7 +154,8 @@ def list_(
         systems = [r for r in chosen if not r["baseline"]]
         ready = sum(r["status"] == "available" for r in systems)
         out.print(
-            f"\n{len(systems)} systems ({ready} available), {len(chosen) - len(systems)} baselines. `gossamer show SLUG` tells more."
+            f"\n{len(systems)} systems ({ready} available), {len(chosen) - len(systems)} baselines. "
+            "`gossamer show SLUG` tells more."
         )
     else:
         _emit(chosen, format_)

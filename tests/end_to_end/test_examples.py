@@ -16,7 +16,6 @@ def load(name):
 def test_attention(smollm2, capsys):
     result = load("attention").main(["--new", "8", "--tokens", "1/8"])
     assert result["read"] < 0.5
-    assert result["same"] >= 0.5
     assert "of the cache bytes were read" in capsys.readouterr().out
 
 

@@ -38,15 +38,17 @@ def test_default_scale_is_one_over_root_d():
 def test_query_heads_read_their_kv_head():
     value = torch.tensor([1.0, 2.0]).view(1, 2, 1, 1).expand(1, 2, 3, 4).contiguous()
     out = ops.decode_attention(torch.zeros(1, 6, 4), torch.zeros(1, 2, 3, 4), value)
-    assert out[0, :, 0].tolist() == [1, 1, 1, 2, 2, 2]
+    assert out[0, :, 0].tolist() == pytest.approx([1, 1, 1, 2, 2, 2])
 
 
 def test_only_selected_rows_count_and_repeats_count_twice():
     value = torch.arange(5.0).view(1, 1, 5, 1)
     args = (torch.zeros(1, 1, 1), torch.zeros(1, 1, 5, 1), value)
-    assert ops.decode_attention(*args, indices=ints(4, 1).view(1, 1, 2)).item() == 2.5
-    assert ops.decode_attention(*args, indices=ints(4, 4, 1).view(1, 1, 3)).item() == 3.0
-    assert ops.decode_attention(*args, indices=ints(4, 99).view(1, 1, 2), counts=ints(1).view(1, 1)).item() == 4.0
+    assert ops.decode_attention(*args, indices=ints(4, 1).view(1, 1, 2)).item() == pytest.approx(2.5)
+    assert ops.decode_attention(*args, indices=ints(4, 4, 1).view(1, 1, 3)).item() == pytest.approx(3.0)
+    assert ops.decode_attention(
+        *args, indices=ints(4, 99).view(1, 1, 2), counts=ints(1).view(1, 1)
+    ).item() == pytest.approx(4.0)
 
 
 def test_empty_selection_gives_zeros_and_minus_infinity():
@@ -135,7 +137,9 @@ def test_scores_of_unquantised_full_labels_are_query_times_key():
     assert (scores[1, :, 9:] == -math.inf).all()
     grouped = exact.view(2, 3, 2, 21)
     for reduce, expected in (("max", grouped.amax(2)), ("sum", grouped.sum(2))):
-        torch.testing.assert_close(ops.label_scores(query, ids, cache, 21, reduce=reduce), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            ops.label_scores(query, ids, cache, 21, reduce=reduce), expected, atol=1e-5, rtol=1e-5
+        )
 
 
 def test_label_bytes():
@@ -246,7 +250,9 @@ def test_absent_and_unknown_backends():
         with pytest.raises(BackendError, match="instruction set"):
             ops.set_isa("sse9")
     with ops.use_backend(None):
-        assert ops.decode_attention(*(torch.zeros(1, 1, *s, 8, dtype=torch.float16) for s in ((), (2,), (2,)))).shape == (1, 1, 8)
+        assert ops.decode_attention(
+            *(torch.zeros(1, 1, *s, 8, dtype=torch.float16) for s in ((), (2,), (2,)))
+        ).shape == (1, 1, 8)
 
 
 def test_environment_forces_a_backend(monkeypatch):

@@ -1,4 +1,5 @@
-"""append_labels and label_scores: native kernels against the reference. Codes and packed scores must agree bit for bit."""
+"""append_labels and label_scores: native kernels against the reference. Codes and packed scores must agree bit for
+bit."""
 
 import math
 

@@ -155,7 +155,7 @@ class Owner:
 def derived(layer: KVLayer, rows: int) -> tuple[Owner, Derived]:
     owner, state, view = Owner(), Derived(), Owner()
     state.rows = rows
-    view.state = state  # type: ignore[attr-defined]
+    view.state, view.prefill_state, view.cache_state = state, None, None  # type: ignore[attr-defined]
     layer.views[owner] = view
     return owner, state
 

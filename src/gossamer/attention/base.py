@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from gossamer.calibration import Calibration
 from gossamer.errors import RecipeError
-from gossamer.hf import AttentionRuntime, DecodePolicy, ModelShape, PrefillPolicy
+from gossamer.hf import AttentionRuntime, CachePolicy, DecodePolicy, ModelShape, PrefillPolicy
 from gossamer.registry import Handle, Method
 
 
 class AttentionMethod(Method):
-    """Base of the family: a method fills `decode_policy`, `prefill_policy`, or both."""
+    """Base of the family: a method fills one or more of `decode_policy`, `prefill_policy`, `cache_policy`."""
 
     def calibrate(self, model: nn.Module, tokens: Tensor) -> Calibration:
         """Learn what `attach` needs from token blocks ``[count, block]``.
@@ -30,6 +30,10 @@ class AttentionMethod(Method):
 
     def prefill_policy(self, model: nn.Module, calibration: Calibration | None) -> PrefillPolicy | None:
         """The policy for blocks of queries, or None."""
+        return None
+
+    def cache_policy(self, model: nn.Module, calibration: Calibration | None) -> CachePolicy | None:
+        """The policy for what the cache keeps, or None."""
         return None
 
     def attach(self, model: nn.Module, calibration: Calibration | None = None) -> AttentionHandle:
@@ -53,7 +57,7 @@ class AttentionHandle(Handle):
 
 
 def attach(model: nn.Module, chosen: list[tuple[AttentionMethod, Calibration | None]]) -> AttentionHandle:
-    """Attach methods of this family together, at most one for decode and one for prefill.
+    """Attach methods of this family together, at most one for each of decode, prefill and cache.
 
     Raises:
         RecipeError: two methods claim the same phase.
@@ -61,12 +65,12 @@ def attach(model: nn.Module, chosen: list[tuple[AttentionMethod, Calibration | N
     policies: dict[str, Any] = {}
     owner: dict[str, str] = {}
     for method, calibration in chosen:
-        for phase in ("decode", "prefill"):
+        for phase in ("decode", "prefill", "cache"):
             policy = getattr(method, f"{phase}_policy")(model, calibration)
             if policy is None:
                 continue
             if phase in policies:
-                raise RecipeError(f"{owner[phase]} and {method.slug} both claim attention.{phase}: choose one")
+                raise RecipeError(f"{owner[phase]} and {method.slug} both claim the {phase} of attention: choose one")
             policies[phase], owner[phase] = policy, method.slug
     runtime = AttentionRuntime(model, **policies)
 

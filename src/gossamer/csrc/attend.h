@@ -22,7 +22,7 @@ namespace gossamer::GOSSAMER_ISA {
 constexpr int kBlock = 256;
 constexpr int kListedBlock = 32;
 constexpr int kMaxTile = 16;    // rows whose products are in flight together
-constexpr int kPiecesPerThread = 8;
+constexpr int kPiecesPerThread = 4;
 
 // Query heads taken together, and rows per tile: as many accumulators as there are registers for.
 template <int G>

@@ -2,12 +2,13 @@
 
 from gossamer.hf.attention import AttentionRuntime, LayerView, dense_attention, dense_decode
 from gossamer.hf.cache import GossamerCache, KVLayer
-from gossamer.hf.policy import DecodePolicy, PrefillPolicy, SelectingPolicy
+from gossamer.hf.policy import CachePolicy, DecodePolicy, PrefillPolicy, SelectingPolicy
 from gossamer.hf.views import AttentionView, ModelShape, attention_views, model_shape
 
 __all__ = [
     "AttentionRuntime",
     "AttentionView",
+    "CachePolicy",
     "DecodePolicy",
     "GossamerCache",
     "KVLayer",

@@ -27,7 +27,7 @@ from transformers.masking_utils import flash_attention_mask, sdpa_mask
 from gossamer import ops
 from gossamer.errors import InputError, ModelError
 from gossamer.hf.cache import KVLayer, adopt
-from gossamer.hf.policy import DecodePolicy, PrefillPolicy
+from gossamer.hf.policy import CachePolicy, DecodePolicy, PrefillPolicy
 from gossamer.hf.views import attention_views, base_model, model_shape
 
 NAME = "gossamer"
@@ -64,6 +64,18 @@ class LayerView:
     window: int | None = None
     starts: Tensor | None = None
     state: Any = None
+    prefill_state: Any = None
+    cache_state: Any = None
+
+    def keep(self, ids: Tensor) -> None:
+        """Drop all rows but these, int ``[batch, kv_heads, n]`` ascending per head (see `KVLayer.keep`).
+
+        Where a sequence is shorter than n, its padding must make up the number, with the lowest ids.
+        """
+        if self.starts is not None:
+            padding = (ids < self.starts[:, None, None]).sum(2, dtype=torch.int32)
+            self.kv.starts = padding[:, 0].contiguous()
+        self.kv.keep(ids)
 
     def rows(self, length: int) -> tuple[Tensor, Tensor]:
         """The first `length` key and value rows ``[batch, kv_heads, length, head_dim]`` (views)."""
@@ -194,6 +206,7 @@ class AttentionRuntime:
         model: a decoder-only transformers model.
         decode: policy for single queries (None: dense, our kernel).
         prefill: policy for blocks of queries (None: dense, torch's kernel).
+        cache: policy for what the cache keeps (None: everything).
 
     Attributes:
         stats: what decode steps have read.
@@ -205,6 +218,7 @@ class AttentionRuntime:
     model: nn.Module
     decode: DecodePolicy | None = None
     prefill: PrefillPolicy | None = None
+    cache: CachePolicy | None = None
     stats: DecodeStats = field(default_factory=DecodeStats)
     trace: list[tuple[int, int, Tensor, Tensor]] | None = None
     teacher_forced: bool = False
@@ -311,7 +325,12 @@ class AttentionRuntime:
             view = kv.views[self] = LayerView(index, self, kv, scale, window)
             if self.decode is not None:
                 view.state = self.decode.open(view)
-        view.starts = starts
+            if self.prefill is not None:
+                both: object = self.decode
+                view.prefill_state = view.state if self.prefill is both else self.prefill.open(view)
+            if self.cache is not None:
+                view.cache_state = self.cache.open(view)
+        view.starts = starts if not kv.dropped else kv.starts if starts is not None else None
         return view
 
     def _padding(self, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -352,24 +371,37 @@ class AttentionRuntime:
         if holes is not None or softcap is not None or differentiable:
             return self._exact(query, key, value, scale, starts, window, softcap, holes, dropout)
         layer = self._layer(module, scale, window, starts)
-        if layer is not None and (new == 1 or self.teacher_forced):
-            policy = self.decode
+        if layer is None:
+            return dense_attention(query, key, value, scale, starts=starts, window=window, dropout=dropout)
+        if new == 1:
+            out = self._step(layer, query[:, :, 0], length).unsqueeze(2)
+        elif self.teacher_forced:
+            out = self._steps(layer, query, length)
+        else:
+            key, value = key.to(query.device), value.to(query.device)  # from a slower tier, if they lie in one
+            if self.prefill is not None:
+                out = self.prefill.prefill(layer, query, key, value)
+            else:
+                out = dense_attention(query, key, value, scale, starts=layer.starts, window=window, dropout=dropout)
+        if self.cache is not None:
+            self.cache.update(layer, query)
+        return out
 
-            def step(one: Tensor, rows: int) -> Tensor:
-                return layer.dense_decode(one, rows) if policy is None else policy.decode(layer, one, rows)
+    def _step(self, layer: LayerView, query: Tensor, length: int) -> Tensor:
+        if self.decode is None:
+            return layer.dense_decode(query, length)
+        return self.decode.decode(layer, query, length)
 
-            if new == 1:
-                return step(query[:, :, 0], length).unsqueeze(2)
-            outs = []
-            for t, n in enumerate(range(length - new + 1, length + 1)):
-                if starts is not None:
-                    layer.starts = starts.clamp_max(n - 1)  # a query in the padding reads itself
-                outs.append(step(query[:, :, t], n))
-            return torch.stack(outs, dim=2)
-        key, value = key.to(query.device), value.to(query.device)  # from a slower tier, if they lie in one
-        if layer is not None and self.prefill is not None:
-            return self.prefill.prefill(layer, query, key, value)
-        return dense_attention(query, key, value, scale, starts=starts, window=window, dropout=dropout)
+    def _steps(self, layer: LayerView, query: Tensor, length: int) -> Tensor:
+        """Each query of a block by itself, with the rows that it would have seen."""
+        if self.cache is not None:
+            raise InputError("a cache that drops rows cannot be teacher-forced in a block: feed the tokens one by one")
+        starts, new, outs = layer.starts, query.shape[2], []
+        for t, rows in enumerate(range(length - new + 1, length + 1)):
+            if starts is not None:
+                layer.starts = starts.clamp_max(rows - 1)  # a query in the padding reads itself
+            outs.append(self._step(layer, query[:, :, t], rows))
+        return torch.stack(outs, dim=2)
 
     def _exact(
         self,

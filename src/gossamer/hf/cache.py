@@ -46,7 +46,13 @@ class Derived:
 class KVLayer(CacheLayerMixin):
     """Keys and values of one decoder layer: storage ``[batch, kv_heads, capacity, head_dim]``, of which `length` rows are used.
 
-    `keys` and `values` are views of the used rows; nothing is copied to read them.
+    `keys` and `values` are views of the used rows; nothing is copied to read them. Rows may be dropped with `keep`: the
+    others then move together, and their token positions are kept beside them.
+
+    Attributes:
+        length: rows stored.
+        dropped: tokens seen that are no longer stored.
+        starts: int32 ``[batch]``, rows of padding left at the front of each sequence, once rows were dropped.
 
     Args:
         reserve: rows to allocate at the first update at least (default: a quarter more than that update needs).
@@ -63,6 +69,10 @@ class KVLayer(CacheLayerMixin):
         self.reserve = reserve
         self.allocate = allocate or allocate_near
         self.length = 0
+        self.dropped = 0
+        self.starts: Tensor | None = None
+        self.row_positions: Tensor | None = None
+        self._kept = 0  # rows that were there when some were last dropped
         self.key_storage: Tensor | None = None
         self.value_storage: Tensor | None = None
         # What each attached runtime keeps for this layer; another one, attached later, starts afresh.
@@ -157,12 +167,12 @@ class KVLayer(CacheLayerMixin):
             setattr(self, name, fresh)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Rows that the next mask covers, and the position of the first."""
-        return self.length + query_length, 0
+        """Tokens that the next mask covers, and the position of the first."""
+        return self.length + self.dropped + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Rows used."""
-        return self.length
+        """Tokens seen: the position of the next one."""
+        return self.length + self.dropped
 
     def get_max_length(self) -> int:
         """No maximum."""
@@ -170,21 +180,57 @@ class KVLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Drop all rows and storage."""
-        self.key_storage = self.value_storage = None
-        self.length = 0
+        self.key_storage = self.value_storage = self.row_positions = self.starts = None
+        self.length = self.dropped = 0
         self.views.clear()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` rows."""
         if tokens_to_remove > 0:
             raise InputError("crop takes a negative number: how many rows to remove from the end")
+        if self.dropped and -tokens_to_remove > self.length - self._kept:
+            raise InputError("cannot go back past rows that the cache has dropped: keep a copy, or start again")
         self.length = max(0, self.length + tokens_to_remove)
         self._touch(self.length)
 
+    @property
+    def positions(self) -> Tensor:
+        """Token position of every used row, int32 ``[batch, kv_heads, length]``."""
+        assert self.key_storage is not None
+        batch, heads = self.key_storage.shape[:2]
+        if self.row_positions is None:
+            return torch.arange(self.length, dtype=torch.int32).expand(batch, heads, -1)
+        fresh = torch.arange(self._kept, self.length, dtype=torch.int32) + self.dropped
+        return torch.cat([self.row_positions, fresh.expand(batch, heads, -1)], dim=2)
+
+    def keep(self, ids: Tensor) -> None:
+        """Drop all rows but these, in place.
+
+        Args:
+            ids: integer ``[batch, kv_heads, n]``, ascending and distinct per head: every head keeps n rows of its own.
+
+        Raises:
+            InputError: the ids do not ascend within ``[0, length)``.
+        """
+        assert self.key_storage is not None and self.value_storage is not None
+        ids = ids.long()
+        rows = ids.shape[2]
+        ascending = rows < 2 or bool((ids.diff(dim=2) > 0).all())
+        if ids.shape[:2] != self.key_storage.shape[:2] or not ascending or (rows and not _within(ids, self.length)):
+            raise InputError(f"rows to keep must ascend within 0 .. {self.length} for each of {ids.shape[1]} heads")
+        self.row_positions = self.positions.gather(2, ids.cpu()).to(torch.int32)
+        for storage in (self.key_storage, self.value_storage):
+            index = ids[..., None].expand(-1, -1, -1, storage.shape[3])
+            storage.narrow(2, 0, rows).copy_(storage.gather(2, index))
+        self.dropped += self.length - rows
+        self.length = self._kept = rows
+        self._touch(0)
+
     def _touch(self, unchanged_rows: int) -> None:
         for view in self.views.values():
-            if isinstance(view.state, Derived):
-                view.state.rows = min(view.state.rows, unchanged_rows)
+            for state in (view.state, view.prefill_state, view.cache_state):
+                if isinstance(state, Derived):
+                    state.rows = min(state.rows, unchanged_rows)
 
     def _replace_batch(self, pick: Any) -> None:
         if self.key_storage is None or self.value_storage is None:
@@ -192,6 +238,8 @@ class KVLayer(CacheLayerMixin):
         gradients = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.set_grad_enabled(gradients):  # written in and out of inference mode
             self.key_storage, self.value_storage = pick(self.key_storage), pick(self.value_storage)
+        self.row_positions = None if self.row_positions is None else pick(self.row_positions)
+        self.starts = None if self.starts is None else pick(self.starts)
         self.views.clear()  # shapes of derived state follow the batch: rebuild it
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -230,6 +278,10 @@ class GossamerCache(Cache):
     def nbytes(self) -> int:
         """Bytes of all used rows."""
         return sum(layer.nbytes for layer in self.layers)
+
+
+def _within(ids: Tensor, length: int) -> bool:
+    return bool((ids[..., 0] >= 0).all()) and bool((ids[..., -1] < length).all())
 
 
 def adopt(cache: Any, places: Sequence[Allocator] | None = None) -> Any:

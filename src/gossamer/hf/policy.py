@@ -1,4 +1,4 @@
-"""What an attention method plugs into a model: a prefill policy, a decode policy, or both.
+"""What an attention or cache method plugs into a model: policies for prefill, for decode, for the cache.
 
 A policy is made by a method's `attach`, belongs to one model, and keeps per-cache state on the cache layer.
 """
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 class PrefillPolicy(ABC):
     """Chooses which keys a block of new queries reads."""
+
+    def open(self, layer: LayerView) -> Any:
+        """State for a cache layer that this policy has not seen; found at ``layer.prefill_state`` (default: none)."""
+        return None
 
     @abstractmethod
     def prefill(self, layer: LayerView, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -50,6 +54,22 @@ class DecodePolicy(ABC):
 
         Rows from `length` on may hold later tokens (a teacher-forced chunk stores them first): never read them.
         Returns ``[batch, heads, head_dim]``.
+        """
+
+
+class CachePolicy(ABC):
+    """Chooses what the cache of a layer keeps: rows are dropped, merged or re-encoded after they were attended."""
+
+    def open(self, layer: LayerView) -> Any:
+        """State for a cache layer that this policy has not seen; found at ``layer.cache_state`` (default: none)."""
+        return None
+
+    @abstractmethod
+    def update(self, layer: LayerView, query: Tensor) -> None:
+        """Called when `query` ``[batch, heads, new, head_dim]``, whose rows are the last `new` of the layer, was attended.
+
+        May drop rows with `layer.keep`. New tokens keep counting their positions from all tokens seen, and kept rows keep
+        the rotation that they were stored with.
         """
 
 

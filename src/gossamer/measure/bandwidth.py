@@ -43,8 +43,8 @@ class ReadBandwidth:
 def measure_bandwidth(megabytes: int = 512, repeats: int = 9) -> float:
     """Return the read bandwidth of main memory in bytes per second: the best of several passes over a large buffer.
 
-    The buffer lies in huge pages where the system allows and is read by torch's number of threads, with plain loads. The best pass
-    is the bound; what the machine does otherwise only takes from it.
+    The buffer lies in huge pages where the system allows and is read by torch's number of threads, with plain loads.
+    The best pass is the bound; what the machine does otherwise only takes from it.
     """
     probe = ReadBandwidth(megabytes)
     return max(probe.read() for _ in range(repeats))

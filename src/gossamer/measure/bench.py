@@ -1,7 +1,10 @@
 """Operator benchmarks: ratios within one run, beside the bytes that must move and the bandwidth that the machine gives.
 
-Variants take turns, so that a change of the machine's mood meets all of them; every other turn is a pass over a large buffer, which
-measures the bandwidth and empties the caches, as the other layers of a model would.
+Variants take turns, so that a change of the machine's mood meets all of them; every other turn is a pass over a large
+buffer, which measures the bandwidth and empties the caches, as the other layers of a model would. It also evicts the
+interpreter and the kernels' code, which a decode loop runs layer after layer; the same call on a cache of a few tokens
+brings those back before the clock starts (0.15 to 0.25 ms otherwise, more than some kernels take). So data are cold and
+code is warm.
 """
 
 from __future__ import annotations
@@ -53,8 +56,8 @@ def run(
     Parameters
     ----------
     op
-        ``decode_attention`` (torch SDPA, our dense kernel, Double Sparsity), ``label_attention`` (the same cases and each reduction),
-        ``label_scores`` or ``select_topk``.
+        ``decode_attention`` (torch SDPA, our dense kernel, Double Sparsity), ``label_attention`` (the same cases and
+        each reduction), ``label_scores`` or ``select_topk``.
     contexts
         Cached tokens.
     dtypes
@@ -72,10 +75,11 @@ def run(
 
     Returns
     -------
-    Rows with ``op, dtype, context, heads, kv_heads, head_dim, variant, ms`` (median), ``best_ms, spread`` (interquartile range
-    over median), ``ratio_to_native_dense, ratio_to_torch`` (how many times faster than that variant, medians over the run; None where
-    the case has none), ``bytes`` (what must be read), ``bandwidth`` (bytes per second of a plain read in this run) and
-    ``bandwidth_share`` (bytes over median time over bandwidth; can exceed 1 where data stays in a cache).
+    Rows with ``op, dtype, context, heads, kv_heads, head_dim, variant, ms`` (median), ``best_ms, spread``
+    (interquartile range over median), ``ratio_to_native_dense, ratio_to_torch`` (how many times faster than that
+    variant, medians over the run; None where the case has none), ``bytes`` (what must be read), ``bandwidth`` (bytes
+    per second of a plain read in this run) and ``bandwidth_share`` (bytes over median time over bandwidth; can exceed 1
+    where data stays in a cache).
 
     Raises
     ------
@@ -98,16 +102,19 @@ def run(
             if progress:
                 progress(f"{op} {dtype} at {context} tokens")
             torch.manual_seed(seed)
-            case = _Case(context, DTYPES[dtype], heads, kv_heads, head_dim, token_ratio, channels, label_bits)
-            times, bandwidth = _interleave(variants := getattr(case, op)(), repeats, probe)
+            variants, tiny = (
+                getattr(_Case(n, DTYPES[dtype], heads, kv_heads, head_dim, token_ratio, channels, label_bits), op)()
+                for n in (context, 64)
+            )
+            times, bandwidth = _interleave(variants, tiny, repeats, probe)
             shape = {"context": context, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
             rows += _rows({"op": op, "dtype": dtype, **shape}, variants, times, bandwidth)
     return rows
 
 
 def synthetic_cache(context: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return key and value [1, Hkv, S, d] in huge pages, with the traits that matter here: keys drift smoothly along the text and have
-    a few strong channels, so that a query's best tokens come in scattered clusters."""
+    """Return key and value [1, Hkv, S, d] in huge pages, with the traits that matter here: keys drift smoothly along
+    the text and have a few strong channels, so that a query's best tokens come in scattered clusters."""
     key, value = (torch.empty(1, kv_heads, context, head_dim, dtype=dtype) for _ in range(2))
     for x in (key, value):
         ops.advise_huge_pages(x)
@@ -203,14 +210,17 @@ class _Case:
         return Variant(name, lambda: ops.label_attention(*args, **how), nbytes)
 
 
-def _interleave(variants: list[Variant], repeats: int, probe: ReadBandwidth) -> tuple[dict[str, list[float]], float]:
+def _interleave(
+    variants: list[Variant], tiny: list[Variant], repeats: int, probe: ReadBandwidth
+) -> tuple[dict[str, list[float]], float]:
     for variant in variants:
         variant.call()
     times: dict[str, list[float]] = {variant.name: [] for variant in variants}
     reads = []
     for _ in range(repeats):
-        for variant in variants:
+        for variant, small in zip(variants, tiny, strict=True):
             reads.append(probe.read())
+            small.call()
             begin = time.perf_counter()
             variant.call()
             times[variant.name].append(time.perf_counter() - begin)

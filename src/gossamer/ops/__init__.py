@@ -1,4 +1,5 @@
-"""COMPUTE: the operators that every method shares. Each is defined once: contract, PyTorch reference, dispatch to faster kernels."""
+"""COMPUTE: the operators that every method shares. Each is defined once: contract, PyTorch reference, dispatch to
+faster kernels."""
 
 from gossamer.ops._dispatch import available_backends, available_isas, set_isa, use_backend
 from gossamer.ops.decode_attention import decode_attention, merge_attention

@@ -13,7 +13,8 @@ STATUS = {
     3: "counts must lie in 0 .. indices.shape[-1]",
     4: "channels hold an id outside 0 .. head_dim - 1",
 }
-"""What the native kernels report instead of crashing: they check values while they stream, Python checks shapes before."""
+"""What the native kernels report instead of crashing: they check values while they stream, Python checks shapes
+before."""
 
 
 def raise_status(op: str, status: int) -> None:
@@ -66,7 +67,8 @@ def pointer(tensor: Tensor | None) -> int:
 def bounds(
     op: str, starts: Tensor | None, lengths: Tensor | None, batch: int, rows: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Return checked int64 ``starts`` and ``lengths`` [B] for a reference (None: 0 and ``rows``). Reads them back: not for hot paths."""
+    """Return checked int64 ``starts`` and ``lengths`` [B] for a reference (None: 0 and ``rows``). Reads them back: not
+    for hot paths."""
     lo = torch.zeros(batch, dtype=torch.int64, device=device) if starts is None else starts.long()
     hi = torch.full((batch,), rows, dtype=torch.int64, device=device) if lengths is None else lengths.long()
     if bool(((lo < 0) | (hi < lo) | (hi > rows)).any()):

@@ -1,8 +1,9 @@
 """Which implementation of an operator runs: the PyTorch reference, the native CPU kernels, or Triton.
 
-`auto` takes the native kernels for CPU tensors and Triton for CUDA tensors, and falls back to the reference, saying so once, where
-either is missing. ``GOSSAMER_BACKEND=reference|native|triton`` or :func:`use_backend` forces one; a forced backend that is absent,
-or that does not take the tensors it is given, is a :class:`~gossamer.errors.BackendError`, never a silent fallback.
+`auto` takes the native kernels for CPU tensors and Triton for CUDA tensors, and falls back to the reference, saying so
+once, where either is missing. ``GOSSAMER_BACKEND=reference|native|triton`` or :func:`use_backend` forces one; a forced
+backend that is absent, or that does not take the tensors it is given, is a :class:`~gossamer.errors.BackendError`,
+never a silent fallback.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _log = logging.getLogger("gossamer")
-# os.environ.get encodes and decodes at every call, a microsecond that a decode step pays for each layer. CPython keeps the
-# raw table in _data; elsewhere the public mapping serves.
+# os.environ.get encodes and decodes at every call, a microsecond that a decode step pays for each layer. CPython keeps
+# the raw table in _data; elsewhere the public mapping serves.
 _environ: Any = getattr(os.environ, "_data", os.environ)
 _VARIABLE: Any = os.environ.encodekey("GOSSAMER_BACKEND") if _environ is not os.environ else "GOSSAMER_BACKEND"
 _override: str | None = None
@@ -41,9 +42,9 @@ _override: str | None = None
 def native() -> Any:
     """Return the native extension, or None where it was not built. Torch's OpenMP runtime is made global first.
 
-    Two OpenMP runtimes in one process keep two thread pools that fight for the cores. Wheels carry their own libgomp, some under
-    the plain soname (then the loader shares it by itself), some under a mangled one; loading torch's copy with RTLD_GLOBAL makes the
-    extension's symbols resolve to it in both cases.
+    Two OpenMP runtimes in one process keep two thread pools that fight for the cores. Wheels carry their own libgomp,
+    some under the plain soname (then the loader shares it by itself), some under a mangled one; loading torch's copy
+    with RTLD_GLOBAL makes the extension's symbols resolve to it in both cases.
     """
     if sys.platform == "linux":
         root = Path(torch.__file__).parent
@@ -75,7 +76,8 @@ def _say_once(message: str) -> None:
 
 @contextmanager
 def use_backend(name: Backend | None) -> Iterator[None]:
-    """Force every operator inside the block onto one backend (``None``: back to auto). Process-wide, meant for tests and benchmarks.
+    """Force every operator inside the block onto one backend (``None``: back to auto). Process-wide, meant for tests
+    and benchmarks.
 
     Raises
     ------
@@ -114,7 +116,8 @@ def _check_present(name: str) -> None:
 def resolve(op: str, module: str, tensor: Tensor, *others: Tensor | None) -> Backend:
     """Choose the backend for one call of ``op`` (found in ``gossamer.gpu.<module>``) from its first tensor.
 
-    ``others`` are further tensors that may require gradients: kernels have no backward, so a call that needs one takes the reference.
+    ``others`` are further tensors that may require gradients: kernels have no backward, so a call that needs one takes
+    the reference.
     """
     forced = _override or (os.environ["GOSSAMER_BACKEND"] if _VARIABLE in _environ else None)
     if forced and forced != "auto":
@@ -151,7 +154,8 @@ def _forced(name: str, op: str, module: str, tensor: Tensor) -> Backend:
             raise BackendError(f"triton {op} takes float32, bfloat16 and float16, got {tensor.dtype}")
         if tensor.device.type == "cpu" and not importlib.import_module("gossamer.gpu").INTERPRETED:
             raise BackendError(
-                f"triton {op} runs on CUDA tensors; on CPU tensors only in Triton's interpreter (set TRITON_INTERPRET=1)"
+                f"triton {op} runs on CUDA tensors; on CPU tensors only in Triton's interpreter "
+                "(set TRITON_INTERPRET=1)"
             )
         return "triton"
     return "reference"
@@ -163,7 +167,7 @@ def triton_call(op: str, module: str) -> Callable[..., Any]:
 
 
 def set_isa(name: str | None = None) -> str:
-    """Force the instruction set of the native kernels: ``baseline``, ``avx2`` or ``avx512`` (``None``: the best here). Returns it.
+    """Force the instruction set of the native kernels and return it: ``baseline``, ``avx2``, ``avx512``, None for the best.
 
     The environment variable ``GOSSAMER_ISA`` does the same from import on.
 

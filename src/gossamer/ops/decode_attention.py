@@ -1,7 +1,8 @@
 """Attention of one query per sequence over a KV cache: all rows of a range, or only chosen rows.
 
-The operator is bound by the bytes of K and V that it reads, ``2 * rows * Hkv * d * itemsize`` a sequence, so every implementation reads
-each row once for all query heads that share it (grouped-query attention; keys are never repeated) and accumulates in float32.
+The operator is bound by the bytes of K and V that it reads, ``2 * rows * Hkv * d * itemsize`` a sequence, so every
+implementation reads each row once for all query heads that share it (grouped-query attention; keys are never repeated)
+and accumulates in float32.
 """
 
 from __future__ import annotations
@@ -68,19 +69,21 @@ def decode_attention(
     query
         [B, H, d], float32, bfloat16 or float16.
     key, value
-        [B, Hkv, S, d], dtype of ``query``; H is a multiple of Hkv and query head h reads KV head ``h // (H // Hkv)``. Views of a
-        larger cache are fine: only the inner stride must be 1. Rows that are not attended are never read.
+        [B, Hkv, S, d], dtype of ``query``; H is a multiple of Hkv and query head h reads KV head ``h // (H // Hkv)``.
+        Views of a larger cache are fine: only the inner stride must be 1. Rows that are not attended are never read.
     starts, lengths
-        int32 [B]: rows [start, length) of each sequence take part. Default 0 and S. With ``indices`` they only narrow the ids allowed.
+        int32 [B]: rows [start, length) of each sequence take part. Default 0 and S. With ``indices`` they only narrow
+        the ids allowed.
     indices
-        int32 [B, Hsel, k], Hsel = H (rows per query head) or Hkv (rows shared by the group): ids of the rows to attend, in any
-        order; a repeated id counts as often as it stands there. H == Hkv makes the two the same.
+        int32 [B, Hsel, k], Hsel = H (rows per query head) or Hkv (rows shared by the group): ids of the rows to attend,
+        in any order; a repeated id counts as often as it stands there. H == Hkv makes the two the same.
     counts
         int32 [B, Hsel]: only the first ``counts`` ids of each line are used, the rest may be anything. Default k.
     scale
         Factor on the logits. Default ``1 / sqrt(d)``.
     return_lse
-        Also return the float32 log-sum-exp [B, H] of the scaled logits, so that parts can be merged (:func:`merge_attention`).
+        Also return the float32 log-sum-exp [B, H] of the scaled logits, so that parts can be merged
+        (:func:`merge_attention`).
 
     Returns
     -------

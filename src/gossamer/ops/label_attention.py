@@ -36,19 +36,21 @@ def label_attention(
     protect_last: bool = True,
     indices_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attend the k tokens with the highest label scores: ``label_scores``, ``select_topk`` and ``decode_attention`` as one operator.
+    """Attend the k tokens with the highest label scores: ``label_scores``, ``select_topk`` and ``decode_attention`` as
+    one operator.
 
     Parameters
     ----------
     query, key, value, starts, lengths, scale
         As in :func:`~gossamer.ops.decode_attention.decode_attention`.
     channels, labels
-        As in :func:`~gossamer.ops.labels.label_scores`; the cache must hold the labels of all S rows (up to the lengths).
+        As in :func:`~gossamer.ops.labels.label_scores`; the cache must hold the labels of all S rows (up to the
+        lengths).
     k
         Tokens to attend, at least 1. Sequences with fewer attend all they have.
     select
-        ``"kv_head"``: one selection for all query heads of a KV head, each chosen row is read once. ``"query_head"``: one selection
-        per query head, as published.
+        ``"kv_head"``: one selection for all query heads of a KV head, each chosen row is read once. ``"query_head"``:
+        one selection per query head, as published.
     reduce
         How ``"kv_head"`` joins the scores of the group, ``"sum"`` (default) or ``"max"``. ``"query_head"`` takes none.
     protect_last
@@ -82,6 +84,7 @@ def label_attention(
     starts = _checks.int32(_OP, "starts", starts, (batch,), query)
     lengths = _checks.int32(_OP, "lengths", lengths, (batch,), query)
     ids = _checks.int32(_OP, "channels", channels, (labels.codes.shape[1], labels.r), query)
+    assert ids is not None
     shape = (batch, heads if select == "query_head" else kv_heads, k)
     if indices_out is not None and (
         indices_out.shape != shape or indices_out.dtype is not torch.int32 or not indices_out.is_contiguous()
@@ -108,7 +111,8 @@ def _composed(
     protect_last: bool,
     indices: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Run the three operators one after the other: the definition of the fused one, on whatever backend each of them takes."""
+    """Run the three operators one after the other: the definition of the fused one, on whatever backend each of them
+    takes."""
     kv_heads, rows = key.shape[1:3]
     scores = _score(query, channels, labels, rows, starts, lengths, reduce, kv_heads)
     if protect_last and rows:

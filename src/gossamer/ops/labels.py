@@ -1,12 +1,12 @@
 """The label cache: a few channels of every key, kept small and contiguous, and approximate scores from it.
 
-Layout. Labels lie in tiles of 16 tokens so that one vector instruction works on one channel of 16 tokens, whatever r is:
+Layout. Labels lie in tiles of 16 tokens, so that one vector instruction works on one channel of 16 tokens:
 
 - float labels (9 to 16 bits): ``codes[b, h, tile, channel, token]``, float32, bfloat16 or float16;
-- packed labels (1 to 8 bits): ``codes[b, h, tile, word, token, byte]``, uint8. A word is 4 bytes a token; with c-bit containers
-  (c = 1, 2, 4 or 8, the smallest that holds ``bits``) byte j of word i holds at bits ``n*c`` the code of channel ``i*(32//c) + 4*n + j``.
-  Shift and mask thus give four neighbouring channels of 16 tokens as bytes, what the dot-product instructions take. Channels from r
-  up to the end of the last word have code 0.
+- packed labels (1 to 8 bits): ``codes[b, h, tile, word, token, byte]``, uint8. A word is 4 bytes a token; with c-bit
+  containers (c = 1, 2, 4 or 8, the smallest that holds ``bits``) byte j of word i holds at bits ``n*c`` the code of
+  channel ``i*(32//c) + 4*n + j``. Shift and mask thus give four neighbouring channels of 16 tokens as bytes, what the
+  dot-product instructions take. Channels from r up to the end of the last word have code 0.
 
 ``step`` and ``zero`` [B, Hlab, tiles, 16] undo the quantisation: value = code * step + zero.
 """
@@ -32,14 +32,15 @@ REDUCE_CODES: dict[str, int] = {"none": 0, "max": 1, "sum": 2}
 
 
 def container_bits(bits: int) -> int:
-    """Return the bits that a code of ``bits`` bits takes up: 1, 2, 4 or 8, or 0 where labels stay floats (more than 8 bits)."""
+    """Return the bits that a code of ``bits`` bits takes up: 1, 2, 4 or 8; 0 for more than 8, which stay floats."""
     return 0 if bits > 8 else 1 << (bits - 1).bit_length()
 
 
 @dataclass
 class LabelCache:
-    """Labels of all cached tokens: codes and, for packed labels, the affine map of each token (layout: module docstring).
+    """Labels of all cached tokens: codes and, for packed labels, the affine map of each token.
 
+    The layout is described at the head of the module.
     Use :meth:`allocate`; fill with :func:`append_labels`; read with :func:`label_scores`.
     """
 
@@ -66,8 +67,8 @@ class LabelCache:
     ) -> LabelCache:
         """Return an empty cache for ``capacity`` tokens (rounded up to whole tiles); its contents are uninitialised.
 
-        ``heads`` is Hlab: the KV heads, or the query heads for labels per query head. ``dtype`` (float32, bfloat16, float16) is the
-        container of float labels; packed labels ignore it.
+        ``heads`` is Hlab: the KV heads, or the query heads for labels per query head. ``dtype`` (float32, bfloat16,
+        float16) is the container of float labels; packed labels ignore it.
 
         Raises
         ------
@@ -102,7 +103,8 @@ class LabelCache:
         return self.codes.shape[1]
 
     def grow(self, capacity: int) -> LabelCache:
-        """Return a cache of at least ``capacity`` tokens with the same contents (a copy; itself if it is large enough)."""
+        """Return a cache of at least ``capacity`` tokens with the same contents (a copy; itself if it is large
+        enough)."""
         if capacity <= self.capacity:
             return self
         dtype = self.codes.dtype if self.codes.is_floating_point() else torch.float32
@@ -139,12 +141,13 @@ def append_labels(labels: LabelCache, key: Tensor, channels: Tensor, start: int)
     key
         [B, Hkv, T, d], the new keys after RoPE, any strides with inner stride 1.
     channels
-        int32 [Hlab, r], the channels each label head keeps; Hlab is Hkv or a multiple of it (labels per query head), label head h
-        then reads KV head ``h // (Hlab // Hkv)``.
+        int32 [Hlab, r], the channels each label head keeps; Hlab is Hkv or a multiple of it (labels per query head),
+        label head h then reads KV head ``h // (Hlab // Hkv)``.
     start
         Token id of the first new key.
 
-    Quantised per token and head over its r values x: ``code = round((x - min) * (2**bits - 1) / (max - min))``, a constant row exactly.
+    Quantised per token and head over its r values x: ``code = round((x - min) * (2**bits - 1) / (max - min))``, a
+    constant row exactly.
 
     Raises
     ------
@@ -177,7 +180,8 @@ def label_scores(
     reduce: Reduce = "none",
     kv_heads: int | None = None,
 ) -> Tensor:
-    """Approximate attention scores (unscaled query-key products over the label channels) of the first ``length`` tokens.
+    """Approximate attention scores (unscaled query-key products over the label channels) of the first ``length``
+    tokens.
 
     Parameters
     ----------
@@ -192,8 +196,8 @@ def label_scores(
     starts, lengths
         int32 [B]: tokens outside [start, length) score ``-inf``. Default 0 and ``length``.
     reduce
-        ``"none"``: a score per query head. ``"max"``, ``"sum"``: one per KV head, over the query heads that share it. With labels per
-        KV head the sum is the score of the summed query, which costs a single pass.
+        ``"none"``: a score per query head. ``"max"``, ``"sum"``: one per KV head, over the query heads that share it.
+        With labels per KV head the sum is the score of the summed query, which costs a single pass.
     kv_heads
         KV heads to reduce to. Default Hlab; needed only for labels per query head.
 
@@ -201,8 +205,9 @@ def label_scores(
     -------
     float32 [B, Hsel, length], Hsel = H for ``"none"``, else KV heads.
 
-    For packed labels the query is quantised too, symmetrically to int8 per head (``s = max|q| / 127``), so that the products are exact
-    integers: ``score = s * step * (q_int . code) + zero * sum(q)``. This is the definition, not an approximation of a kernel.
+    For packed labels the query is quantised too, symmetrically to int8 per head (``s = max|q| / 127``), so that the
+    products are exact integers: ``score = s * step * (q_int . code) + zero * sum(q)``. This is the definition, not an
+    approximation of a kernel.
 
     Raises
     ------

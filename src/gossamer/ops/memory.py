@@ -25,12 +25,14 @@ def _madvise() -> Any:
 def advise_huge_pages(tensor: Tensor) -> bool:
     """Ask the kernel for 2 MiB pages under a CPU tensor; call it before the memory is first written.
 
-    Gathering scattered rows from a cache of 4 KiB pages misses the TLB at nearly every row; with huge pages the same gather runs about
-    twice as fast. Only whole 2 MiB pages inside the tensor are advised, so a small tensor is left alone. Nothing is copied.
+    Gathering scattered rows from a cache of 4 KiB pages misses the TLB at nearly every row; with huge pages the same
+    gather runs about twice as fast. Only whole 2 MiB pages inside the tensor are advised, so a small tensor is left
+    alone. Nothing is copied.
 
     Returns
     -------
-    True if the advice was given; False elsewhere than Linux CPU memory, for tensors without a whole huge page, or if the kernel refuses.
+    True if the advice was given; False elsewhere than Linux CPU memory, for tensors without a whole huge page, or if
+    the kernel refuses.
     """
     if tensor.device.type != "cpu" or (madvise := _madvise()) is None:
         return False
