@@ -257,8 +257,9 @@ def compare(
 ) -> None:
     """Measure methods side by side on one model: quality kept, time and bytes saved."""
     from gossamer.measure import report
-    from gossamer.measure.compare import Entry, Plan, entries_of
+    from gossamer.measure.compare import Plan, entries_of
     from gossamer.measure.compare import compare as run
+    from gossamer.measure.rows import Entry
     from gossamer.patterns.budget import check, parse
     from gossamer.recipe import Recipe
     from gossamer.registry import make, method
@@ -291,12 +292,7 @@ def compare(
         progress(f"loading {model}", 0, 1)
         loaded = _load(model, dtype, threads)
         entries = entries_of(loaded, chosen, progress)
-        for path, loaded_recipe in recipes:
-            if len(loaded_recipe.steps) != 1:
-                raise InputError(f"{path}: compare takes recipes of one attention method for now")
-            step = loaded_recipe.steps[0]
-            one: Any = step.method
-            entries.append(Entry(one, f"{one.name} ({path.stem})", step.load_calibration(path.parent)))
+        entries += [Entry(one, path.stem) for path, one in recipes]
         comparison = run(loaded, chosen, plan, progress, entries)
     comparison = replace(comparison, command=shlex.join(["gossamer", *sys.argv[1:]]))
     if json_ is not None:

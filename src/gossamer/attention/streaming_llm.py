@@ -47,17 +47,21 @@ class StreamingPolicy(SelectingPolicy):
     def __init__(self, tokens: int | float, sinks: int, dense_layers: frozenset[int]) -> None:
         super().__init__(dense_layers)
         self.tokens, self.sinks = tokens, sinks
+        self.made: tuple[int, int, Tensor | None, Tensor, Tensor] | None = None
 
     def budget(self, length: int) -> int:
         """Sinks and recent rows together."""
         return max(resolve(self.tokens, length), self.sinks + 1)
 
     def select(self, layer: LayerView, query: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """The fixed pattern, shared by all KV heads."""
-        kv_heads = layer.runtime.shape.kv_heads
-        ids, counts = sinks_and_recent(layer.starts, query.shape[0], length, self.sinks, self.budget(length))
-        ids, counts = ids.to(query.device), counts.to(query.device)
-        return ids.expand(-1, kv_heads, -1).contiguous(), counts.expand(-1, kv_heads).contiguous()
+        """The fixed pattern, shared by all KV heads and made once for all layers of a step."""
+        batch, starts = query.shape[0], layer.starts
+        if self.made is None or self.made[:2] != (length, batch) or self.made[2] is not starts:
+            ids, counts = sinks_and_recent(starts, batch, length, self.sinks, self.budget(length))
+            heads = layer.runtime.shape.kv_heads
+            ids = ids.to(query.device).expand(-1, heads, -1).contiguous()
+            self.made = length, batch, starts, ids, counts.to(query.device).expand(-1, heads).contiguous()
+        return self.made[3], self.made[4]
 
 
 @register(

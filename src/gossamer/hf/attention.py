@@ -235,7 +235,7 @@ class AttentionRuntime:
             raise ModelError(
                 "this model has attention methods attached already: detach them, or stack them in one recipe"
             )
-        self._said: set[str] = set()
+        self.said: dict[str, str] = {}  # remarks made so far
         self._cache: Any = None
         self._mask: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
         self._config = model.config.get_text_config(decoder=True)
@@ -268,8 +268,8 @@ class AttentionRuntime:
     def say_once(self, message: str) -> None:
         """Log a message the first time it comes up."""
         key = re.sub(r"\d+", "", message)  # once for every length
-        if key not in self._said:
-            self._said.add(key)
+        if key not in self.said:
+            self.said[key] = message
             logger.warning(message)
 
     @contextmanager

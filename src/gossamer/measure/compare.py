@@ -12,29 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gossamer.attention import AttentionHandle, AttentionMethod
-from gossamer.attention.base import attach as attach_attention
 from gossamer.calibration import Calibration
 from gossamer.data import encode, make_task, split, text, token_blocks
 from gossamer.errors import GossamerError, InputError
-from gossamer.hf import AttentionRuntime, model_shape
 from gossamer.measure import cost as costs
-from gossamer.measure.quality import Scores, Segment, decode_known, prefill, segments_of, task_segments
-from gossamer.measure.results import Comparison, Cost, Estimate, MethodResult, Quality, Selection, Spread
+from gossamer.measure.quality import Segment, decode_known, prefill, segments_of, task_segments
+from gossamer.measure.results import Comparison, MethodResult, PaperFigure
+from gossamer.measure.rows import Entry, Measured, picture_of, row_of, transformers_row
 from gossamer.models import LoadedModel
+from gossamer.recipe import Recipe, Step
+from gossamer.registry import Method, catalogue, make
 
 #: Blocks and block length of the calibration that `compare` makes when none is given.
 CALIBRATION_BLOCKS, CALIBRATION_BLOCK = 16, 512
-BINS = 64
-
-
-@dataclass
-class Entry:
-    """One row to measure: a method with what it learned, under a label."""
-
-    method: AttentionMethod
-    label: str
-    calibration: Calibration | None = None
 
 
 @dataclass(frozen=True)
@@ -86,103 +76,60 @@ def calibration_tokens(loaded: LoadedModel, source: str = "prose", blocks: int =
     return token_blocks(loaded.tokenizer, split(text(source), "calibration"), CALIBRATION_BLOCK, blocks)
 
 
-def entries_of(
-    loaded: LoadedModel, methods: Sequence[AttentionMethod], progress: Progress = _no_progress
-) -> list[Entry]:
+def entries_of(loaded: LoadedModel, methods: Sequence[Method], progress: Progress = _no_progress) -> list[Entry]:
     """Entries with labels that tell them apart; methods that need a calibration share one per slug, made here."""
     made: dict[str, Calibration] = {}
     entries = []
     for index, method in enumerate(methods):
         if "calibration" in method.needs and method.slug not in made:
             progress(f"calibrating {method.slug}", index, len(methods))
-            made[method.slug] = method.calibrate(loaded.model, calibration_tokens(loaded))
+            calibrated: Any = method
+            made[method.slug] = calibrated.calibrate(loaded.model, calibration_tokens(loaded))
         label = method.name
         if any(m.slug == method.slug and m != method for m in methods):
             label += " (" + ", ".join(f"{k}={v}" for k, v in method.settings().items()) + ")"
-        entries.append(Entry(method, label, made.get(method.slug)))
+        entries.append(Entry(Recipe((Step(method, made.get(method.slug)),)), label))
     return entries
-
-
-class _Measured:
-    """Everything gathered for one entry."""
-
-    def __init__(self, entry: Entry) -> None:
-        self.entry = entry
-        self.scores: list[Scores] = []
-        self.task_scores: dict[str, list[Scores]] = {}
-        self.times = costs.StepTimes()
-        self.prefill_ms: list[float] = []
-        self.selection: Selection | None = None
-        self.notes: list[str] = []
-        self.error: str | None = None
-        self.read: dict[str, float] = {}
-        self.extra_bytes = 0
-        self.overhead: float | None = None
-        self.peak: int | None = None
-
-    def attach(self, loaded: LoadedModel) -> AttentionHandle:
-        return attach_attention(loaded.model, [(self.entry.method, self.entry.calibration)])
 
 
 def compare(
     loaded: LoadedModel,
-    methods: Sequence[AttentionMethod],
+    methods: Sequence[Method],
     plan: Plan = Plan(),
     progress: Progress = _no_progress,
     entries: list[Entry] | None = None,
 ) -> Comparison:
     """Measure methods beside the dense model; the dense reference is added when it is not among them.
 
+    Args:
+        methods: one row each, calibrated here where they need it; ignored when `entries` are given.
+        entries: rows with calibrations of their own, or whole recipes.
+
     A method that fails is reported with its error; the others go on.
 
     Raises:
         InputError: the plan does not fit the text.
     """
-    from gossamer.registry import make
-
-    entries = entries if entries is not None else entries_of(loaded, methods, progress)
-    if not any(e.method.slug == "dense" for e in entries):
-        dense: Any = make("dense")
-        entries = [Entry(dense, dense.name), *entries]
-    entries.sort(key=lambda e: e.method.slug != "dense")  # dense first: it makes the shared prefill
-    measured = [_Measured(e) for e in entries]
-    blocks = token_blocks(
-        loaded.tokenizer,
-        split(text(plan.source), "evaluation"),
-        plan.context + plan.decode_tokens,
-        plan.segments,
-        seed=plan.seed,
-    )
-    segments = segments_of(blocks, plan.context, plan.decode_tokens)
-    tasks = {
-        name: task_segments(
-            [
-                encode(loaded.tokenizer, e)
-                for e in make_task(name, loaded.tokenizer, plan.context, plan.examples, plan.seed)
-            ]
-        )
-        for name in plan.tasks
-        if plan.examples
-    }
-    total = (len(segments) + sum(map(len, tasks.values()))) * (1 + len(measured)) + plan.rounds * len(measured)
-    done = 0
-
-    def tick(what: str) -> None:
-        nonlocal done
-        done += 1
-        progress(what, done, total)
-
-    for index, segment in enumerate(segments):
-        last = index == len(segments) - 1
-        cache = _run_segment(loaded, measured, segment, tick, "text", picture=last)
-        if last:
-            timing = _time(loaded, measured, cache, plan, tick)
-    for name, examples in tasks.items():
-        for segment in examples:
-            _run_segment(loaded, measured, segment, tick, name)
-    rows = [_row(loaded, m, measured[0], cache, plan) for m in measured]
-    if timing is not None:
-        rows.insert(0, timing)
+    entries = list(entries) if entries is not None else entries_of(loaded, methods, progress)
+    if not any(entry.method.slug == "dense" for entry in entries):
+        entries = [Entry(Recipe((Step(make("dense")),)), make("dense").name), *entries]
+    entries.sort(key=lambda entry: entry.method.slug != "dense")  # dense first: it makes the shared prefill
+    measured = [Measured(entry) for entry in entries]
+    size = plan.context + plan.decode_tokens
+    prose = split(text(plan.source), "evaluation")
+    blocks = token_blocks(loaded.tokenizer, prose, size, plan.segments, seed=plan.seed)
+    work = [("text", segment) for segment in segments_of(blocks, plan.context, plan.decode_tokens)]
+    for task in plan.tasks if plan.examples else ():
+        examples = make_task(task, loaded.tokenizer, plan.context, plan.examples, plan.seed)
+        work += [(task, segment) for segment in task_segments([encode(loaded.tokenizer, e) for e in examples])]
+    run = _Run(loaded, measured, plan, progress, (len(work) + plan.rounds) * len(measured))
+    timing = None
+    for index, (kind, segment) in enumerate(work):
+        timed = index == plan.segments - 1  # the last stretch of text
+        caches = run.score(kind, segment, picture=timed)
+        if timed:
+            timing = run.time(caches)
+    rows = [row_of(loaded.model, m, measured[0], plan.context) for m in measured]
     return Comparison(
         model=loaded.name,
         context=plan.context,
@@ -195,204 +142,86 @@ def compare(
         versions=costs.versions(),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         bandwidth_gbs=_bandwidth(),
-        methods=rows,
+        methods=([timing] if timing else []) + rows,
         reference=measured[0].entry.label,
+        literature=_literature(entries),
     )
 
 
-def _run_segment(
-    loaded: LoadedModel,
-    measured: list[_Measured],
-    segment: Segment,
-    tick: Callable[[str], None],
-    kind: str,
-    picture: bool = False,
-) -> Any:
-    """Score every entry on one segment; returns the dense cache of its context."""
-    shared: Any = None
-    reserve = len(segment.context) + len(segment.continuation) + 64
-    for m in measured:
-        if m.error is not None:
-            tick(f"{m.entry.label}: skipped")
-            continue
-        try:
-            with m.attach(loaded) as handle:
-                runtime = handle.runtime
-                cache = shared
-                if cache is None or runtime.prefill is not None:
-                    start = time.perf_counter()
-                    cache = prefill(loaded.model, segment.context, reserve)
-                    m.prefill_ms.append(1e3 * (time.perf_counter() - start))
-                    tick(f"reading {len(segment.context)} tokens")
-                if shared is None:
-                    shared = cache
-                runtime.stats.reset()
-                with runtime.recording() if picture else nullcontext(None) as trace:
-                    scores = decode_known(loaded.model, runtime, cache, segment)
-                if kind == "text":
-                    m.scores.append(scores)
-                    _count(m, runtime, model_shape(loaded.model).layers)
-                    if trace:
-                        m.selection = picture_of(trace, model_shape(loaded.model).layers)
-                else:
-                    m.task_scores.setdefault(kind, []).append(scores)
-                m.notes += [note for note in sorted(runtime._said) if note not in m.notes]
-                if picture:
-                    m.extra_bytes = sum(_state_bytes(layer.views.get(runtime)) for layer in cache.layers)
-        except GossamerError as error:
-            if m is measured[0]:
-                raise
-            m.error = str(error)
-        tick(f"{m.entry.label} on {kind}")
-    return shared
+@dataclass
+class _Run:
+    """The working part of `compare`: scores and times all entries, and says how far it is."""
 
+    loaded: LoadedModel
+    measured: list[Measured]
+    plan: Plan
+    progress: Progress
+    total: int
+    done: int = 0
 
-def _count(m: _Measured, runtime: AttentionRuntime, layers: int) -> None:
-    stats = runtime.stats
-    tokens = stats.steps / layers
-    for name, value in (("kv", stats.kv_bytes), ("score", stats.score_bytes), ("dense", stats.dense_bytes)):
-        m.read[name] = value / tokens
+    def _tick(self, what: str) -> None:
+        self.done += 1
+        self.progress(what, self.done, self.total)
 
+    def score(self, kind: str, segment: Segment, picture: bool) -> list[Any]:
+        """Score every entry on one segment; returns the cache of each (shared where prefill is dense)."""
+        shared: Any = None
+        caches: list[Any] = []
+        reserve = len(segment.context) + len(segment.continuation) + 64
+        for m in self.measured:
+            self._tick(f"{m.entry.label} on {kind}")
+            caches.append(None)
+            if m.error is not None:
+                continue
+            try:
+                with self._attached(m) as handle:
+                    runtime, cache = handle.runtime, shared
+                    own = runtime.prefill is not None or runtime.cache is not None
+                    if own or cache is None:
+                        chunk = len(segment.context) if own else 4096  # a sparse prefill sees the whole prompt
+                        start = time.perf_counter()
+                        cache = prefill(self.loaded.model, segment.context, reserve, chunk)
+                        m.prefill_ms.append(1e3 * (time.perf_counter() - start))
+                    if not own:
+                        shared = cache
+                    runtime.stats.reset()
+                    with runtime.recording() if picture else nullcontext(None) as trace:
+                        scores = decode_known(self.loaded.model, runtime, cache, segment)
+                    if kind == "text":
+                        m.scores.append(scores)
+                        m.count(runtime, cache)
+                        if trace:
+                            m.selection = picture_of(trace, runtime.shape.layers)
+                    else:
+                        m.task_scores.setdefault(kind, []).append(scores)
+                    m.note(list(runtime.said.values()))
+                    caches[-1] = cache
+            except GossamerError as error:
+                if m is self.measured[0]:
+                    raise
+                m.error = str(error)
+        return caches
 
-def _state_bytes(view: Any) -> int:
-    """Bytes of tensors that a policy keeps for one layer beside the cache."""
+    def _attached(self, m: Measured) -> Any:
+        return m.entry.recipe.attach(self.loaded.model)
 
-    def total(thing: Any, depth: int = 0) -> int:
-        if isinstance(thing, Tensor):
-            return thing.numel() * thing.element_size()
-        if depth < 3 and hasattr(thing, "__dict__"):
-            return sum(total(v, depth + 1) for v in vars(thing).values())
-        return 0
-
-    return total(view.state) if view is not None and view.state is not None else 0
-
-
-def picture_of(trace: Sequence[tuple[int, int, Tensor, Tensor]], layers: int, bins: int = BINS) -> Selection:
-    """What selections read: per layer and head, the share of each stretch of the context that was read, over all steps.
-
-    Layers that never selected read everything.
-    """
-    heads = max(indices.shape[1] for _, _, indices, _ in trace)
-    read, there = torch.zeros(layers, heads, bins), torch.zeros(layers, heads, bins)
-    for layer, length, indices, counts in trace:
-        edges = torch.arange(length) * bins // length
-        size = torch.bincount(edges, minlength=bins).float()
-        valid = torch.arange(indices.shape[2]) < counts[0, :, None]
-        where = (indices[0].long() * bins // length).clamp_max(bins - 1)
-        hits = torch.zeros(indices.shape[1], bins).scatter_add_(1, where, valid.float())
-        repeat = heads // indices.shape[1]
-        read[layer] += hits.repeat_interleave(repeat, 0)
-        there[layer] += size
-    density = torch.where(there > 0, read / there.clamp_min(1), torch.ones(()))
-    rounded = [[[round(float(x), 4) for x in head] for head in layer] for layer in density]
-    return Selection(layers=list(range(layers)), heads=heads, bins=bins, density=rounded)
-
-
-def _time(
-    loaded: LoadedModel, measured: list[_Measured], cache: Any, plan: Plan, tick: Callable[[str], None]
-) -> MethodResult | None:
-    """Interleaved timing of all entries after the shared cache, and of the untouched model."""
-    plain = {how: costs.StepTimes() for how in costs.TRANSFORMERS_WAYS} if plan.transformers else {}
-    for _ in range(plan.rounds):
-        costs.time_transformers(loaded.model, cache, 1, plan.steps, plain)
-        for m in measured:
+    def time(self, caches: list[Any]) -> MethodResult | None:
+        """Interleaved timing of all entries on their caches, and of the untouched model on the dense one."""
+        model, plan = self.loaded.model, self.plan
+        ways = {way: costs.StepTimes() for way in costs.TRANSFORMERS_WAYS} if plan.transformers else {}
+        for _ in range(plan.rounds):
+            costs.time_transformers(model, caches[0], 1, plan.steps, ways)
+            for m, cache in zip(self.measured, caches, strict=True):
+                self._tick(f"timing {m.entry.label}")
+                if m.error is None:
+                    with self._attached(m) as handle, costs.peak_memory() as peak:
+                        costs.time_steps(model, handle.runtime, cache, 1, plan.steps, m.times)
+                    m.peak = max([m.peak or 0, *peak]) or None
+        for m in self.measured:
             if m.error is None:
-                with m.attach(loaded) as handle, costs.peak_memory() as peak:
-                    costs.time_steps(loaded.model, handle.runtime, cache, 1, plan.steps, m.times)
-                m.peak = max([m.peak or 0, *peak]) or None
-            tick(f"timing {m.entry.label}")
-    for m in measured:
-        if m.error is None:
-            m.overhead = costs.overhead_ms(loaded.model, lambda m=m: m.attach(loaded).runtime)  # type: ignore[misc]
-    timed = {name: times for name, times in plain.items() if times.step}
-    if not timed:
-        return None
-    best = min(timed, key=lambda name: costs.summarise_steps(timed[name].step))
-    held = int(cache.nbytes)
-    return MethodResult(
-        slug="transformers",
-        label=f"transformers ({best})",
-        settings={},
-        baseline=True,
-        quality=Quality(kl=None, agreement=None, perplexity=None, tasks={}, task_logprob={}),
-        cost=Cost(
-            prefill_ms=None,
-            token_ms=Spread.of(timed[best].step),
-            attention_ms=None,
-            overhead_ms=None,
-            kv_bytes_held=held,
-            extra_bytes_held=0,
-            kv_bytes_read=float(held),
-            score_bytes_read=0.0,
-            dense_bytes_read=float(held),
-            weight_bytes_read=costs.weight_bytes(loaded.model),
-            peak_memory=None,
-            formula_bytes=None,
-        ),
-        selection=None,
-        notes=[
-            "the untouched model, by the fastest of "
-            + ", ".join(f"{how} ({costs.summarise_steps(t.step):.0f} ms)" for how, t in timed.items())
-        ],
-        error=None,
-    )
-
-
-def share(samples: Sequence[float]) -> Estimate:
-    """An estimate from samples that are 0 or 1."""
-    return Estimate.of_share(round(sum(samples)), len(samples))
-
-
-def _row(loaded: LoadedModel, m: _Measured, dense: _Measured, cache: Any, plan: Plan) -> MethodResult:
-    method, shape = m.entry.method, model_shape(loaded.model)
-    quality = Quality(kl=None, agreement=None, perplexity=None, tasks={}, task_logprob={})
-    if m.error is None:
-        pairs = list(zip(dense.scores, m.scores, strict=True))
-        loss = torch.cat([-s.log_prob for s in m.scores])
-        nll = Estimate.of(loss.tolist())
-        ppl = float(torch.tensor(nll.mean).exp())
-        quality = Quality(
-            kl=None if m is dense else Estimate.of(torch.cat([d.kl(s) for d, s in pairs]).tolist()),
-            agreement=None if m is dense else share(torch.cat([d.agreement(s) for d, s in pairs]).tolist()),
-            perplexity=Estimate(mean=ppl, stderr=ppl * nll.stderr, n=nll.n),
-            tasks={t: share([float(s.exact) for s in scores]) for t, scores in m.task_scores.items()},
-            task_logprob={
-                t: Estimate.of([float(s.log_prob.mean()) for s in scores]) for t, scores in m.task_scores.items()
-            },
-        )
-        if m.times.first and m.times.step:
-            extra = costs.summarise_steps(m.times.first) - costs.summarise_steps(m.times.step)
-            if m.extra_bytes and extra > 0:
-                m.notes.append(
-                    f"preparing {plan.context} cached tokens took {extra:.0f} ms once, not counted in the time per token"
-                )
-    element = next(loaded.model.parameters()).element_size()
-    dense_layers = len({i % shape.layers for i in getattr(method, "dense_layers", ())})
-    per_layer = method.io_bytes(plan.context + plan.decode_tokens // 2, shape, element)
-    return MethodResult(
-        slug=method.slug,
-        label=m.entry.label,
-        settings=method.model_dump(mode="json"),
-        baseline=method.baseline,
-        quality=quality,
-        cost=Cost(
-            prefill_ms=Spread.of(m.prefill_ms or dense.prefill_ms),
-            token_ms=Spread.of(m.times.step) if m.times.step else None,
-            attention_ms=Spread.of(m.times.attention) if m.times.attention else None,
-            overhead_ms=m.overhead,
-            kv_bytes_held=int(cache.nbytes),
-            extra_bytes_held=m.extra_bytes,
-            kv_bytes_read=m.read.get("kv", 0.0),
-            score_bytes_read=m.read.get("score", 0.0),
-            dense_bytes_read=m.read.get("dense", 0.0),
-            weight_bytes_read=costs.weight_bytes(loaded.model),
-            peak_memory=m.peak,
-            formula_bytes={**per_layer, "sparse_layers": shape.layers - dense_layers},
-        ),
-        selection=m.selection,
-        notes=m.notes,
-        error=m.error,
-    )
+                m.overhead = costs.overhead_ms(model, lambda m=m: self._attached(m))  # type: ignore[misc]
+        timed = {way: times for way, times in ways.items() if times.step}
+        return transformers_row(model, timed, int(caches[0].nbytes)) if timed else None
 
 
 def _budget(entries: Sequence[Entry]) -> str:
@@ -400,11 +229,18 @@ def _budget(entries: Sequence[Entry]) -> str:
     return ", ".join(sorted(f"1/{1 / v:g}" if isinstance(v, float) and v < 1 else f"{v:g}" for v in values)) or "full"
 
 
-def _bandwidth() -> float | None:
-    """Read bandwidth of this machine in GB/s, measured now; None without the native kernels."""
+def _literature(entries: Sequence[Entry]) -> list[PaperFigure]:
+    """What the papers of the methods shown claim."""
+    systems = [catalogue()[e.method.slug] for e in entries if e.method.slug in catalogue()]
+    return [
+        PaperFigure(s.slug, c.value, c.unit, c.metric, c.setting, f"{s.title} ({s.venue})")
+        for s in dict.fromkeys(systems)
+        for c in s.claims
+    ]
+
+
+def _bandwidth() -> float:
+    """Read bandwidth of this machine in GB/s, measured now."""
     from gossamer.measure.bandwidth import measure_bandwidth
 
-    try:
-        return float(measure_bandwidth())
-    except GossamerError:
-        return None
+    return measure_bandwidth() / 1e9

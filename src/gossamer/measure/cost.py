@@ -91,7 +91,8 @@ def time_steps(
                 into.step.append(1e3 * elapsed)
                 if runtime is not None:
                     into.attention.append(1e3 * spent)
-    if isinstance(cache, GossamerCache):  # the others were made for this call
+    own = runtime is not None and runtime.cache is not None  # rows were dropped: the run goes on from here
+    if isinstance(cache, GossamerCache) and not own:  # transformers' caches were made for this call
         cache.crop(before - cache.get_seq_length())
 
 
@@ -137,9 +138,10 @@ def time_transformers(
         config._attn_implementation = previous
 
 
-def overhead_ms(model: nn.Module, attach: Callable[[], AttentionRuntime], steps: int = 10) -> float:
+def overhead_ms(model: nn.Module, attach: Callable[[], Any], steps: int = 10) -> float:
     """Milliseconds that the plug point itself adds to a step: attention time on a cache so short that kernels cost nothing."""
-    runtime = attach()
+    handle = attach()
+    runtime: AttentionRuntime = handle.runtime
     runtime.say_once = lambda message: None  # type: ignore[method-assign]  # so short a context is dense, of course
     try:
         cache, times = GossamerCache(reserve=64), StepTimes()
@@ -148,7 +150,7 @@ def overhead_ms(model: nn.Module, attach: Callable[[], AttentionRuntime], steps:
             call(torch.ones(1, 4, dtype=torch.long), past_key_values=cache, use_cache=True, logits_to_keep=1)
         time_steps(model, runtime, cache, 1, steps, times)
     finally:
-        runtime.detach()
+        handle.detach()
     return statistics.median(times.attention)
 
 

@@ -7,7 +7,7 @@ at the cost of one forward. The cache is cropped afterwards and serves the next 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,13 +75,21 @@ def prefill(model: nn.Module, context: Tensor, reserve: int, chunk: int = 4096) 
 
 
 def decode_known(model: nn.Module, runtime: AttentionRuntime, cache: Any, segment: Segment) -> Scores:
-    """Decode the last context token and the continuation, teacher-forced; leaves the cache as it was."""
-    tokens = torch.cat([segment.context[-1:], segment.continuation])
+    """Decode the last context token and the continuation, teacher-forced.
+
+    The cache is left as it was, unless a policy drops rows of it: then tokens are fed one by one, and it goes on.
+    """
+    tokens = torch.cat([segment.context[-1:], segment.continuation])[None, :-1]
     before = cache.get_seq_length()
     call: Any = model
-    with torch.no_grad(), runtime.teacher_forcing():
-        logits = call(tokens[None, :-1], past_key_values=cache, use_cache=True, logits_to_keep=segment.scored).logits
-    cache.crop(before - cache.get_seq_length())
+    with torch.no_grad():
+        if runtime.cache is None:
+            with runtime.teacher_forcing():
+                logits = call(tokens, past_key_values=cache, use_cache=True, logits_to_keep=segment.scored).logits
+            cache.crop(before - cache.get_seq_length())
+        else:
+            steps = [call(token, past_key_values=cache, use_cache=True).logits for token in tokens.split(1, dim=1)]
+            logits = torch.cat(steps[-segment.scored :], dim=1)
     log_probs = logits[0].float().log_softmax(-1)
     truth = segment.continuation[-segment.scored :]
     picked = log_probs.gather(1, truth[:, None])[:, 0]
@@ -101,38 +109,4 @@ def task_segments(encoded: Sequence[tuple[list[int], list[int]]], question: int 
         cut = max(1, len(prompt) - question)
         tokens = torch.tensor(prompt + answer)
         result.append(Segment.from_tokens(tokens, cut, len(answer)))
-    return result
-
-
-def run_segments(
-    model: nn.Module,
-    segments: Sequence[Segment],
-    attached: Sequence[Callable[[], AttentionRuntime]],
-    shares_prefill: Sequence[bool],
-    progress: Callable[[], None] = lambda: None,
-) -> list[list[Scores]]:
-    """Scores of every method on every segment.
-
-    Args:
-        attached: one function per method that attaches it and returns its runtime.
-        shares_prefill: whether a method leaves prefill dense, so that it may reuse the first method's cache.
-
-    Returns:
-        ``result[method][segment]``; the first method makes the shared cache, so it must be one that shares.
-    """
-    result: list[list[Scores]] = [[] for _ in attached]
-    for segment in segments:
-        shared: Any = None
-        for scores, attach, shares in zip(result, attached, shares_prefill, strict=True):
-            runtime = attach()
-            try:
-                cache = shared if shares and shared is not None else None
-                if cache is None:
-                    cache = prefill(model, segment.context, len(segment.context) + len(segment.continuation))
-                if shares:
-                    shared = cache
-                scores.append(decode_known(model, runtime, cache, segment))
-            finally:
-                runtime.detach()
-            progress()
     return result
