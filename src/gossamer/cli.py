@@ -319,6 +319,9 @@ def calibrate(
     ] = None,
     text: Annotated[str, typer.Option(help="Calibration text: prose, code, or a path.")] = "prose",
     blocks: Annotated[int, typer.Option(min=1, help="Blocks of 512 tokens.")] = 16,
+    import_: Annotated[
+        Path | None, typer.Option("--import", help="Convert this file of the method's official release instead.")
+    ] = None,
     set_: SetOpt = None,
     dtype: DtypeOpt = None,
     threads: ThreadsOpt = None,
@@ -330,12 +333,17 @@ def calibrate(
     made: Any = make(slug, **_settings(set_))
     if "calibration" not in made.needs:
         raise InputError(f"{slug} needs no calibration: attach it as it is")
+    if import_ is not None and not hasattr(made, "import_calibration"):
+        raise InputError(f"{slug} has no released calibration files to import")
     path = _writable(output if output is not None else Path(f"{slug}.safetensors"))
     with _progress() as progress:
         progress(f"loading {model}", 0, 2)
         loaded = _load(model, dtype, threads)
         progress("calibrating", 1, 2)
-        calibration = made.calibrate(loaded.model, calibration_tokens(loaded, text, blocks))
+        if import_ is not None:
+            calibration = made.import_calibration(import_, loaded.model)
+        else:
+            calibration = made.calibrate(loaded.model, calibration_tokens(loaded, text, blocks))
     calibration.save(path)
     out.print(f"wrote {path} ({path.stat().st_size / 1e3:.0f} kB, for {loaded.name})", highlight=False)
 

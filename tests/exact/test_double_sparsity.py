@@ -15,9 +15,8 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from gossamer import ops
-from gossamer.attention.double_sparsity import (
-    DoubleSparsity,
-    DoubleSparsityPolicy,
+from gossamer.attention.double_sparsity import DoubleSparsity, DoubleSparsityPolicy
+from gossamer.attention.double_sparsity_channels import (
     channel_order,
     import_channels,
     interleaved_channels,
@@ -651,3 +650,40 @@ def test_unreadable_channel_files(content: bytes | None, tmp_path: Path) -> None
     with pytest.raises(CalibrationError, match="cannot read the channel file") as caught:
         import_channels(path, model_of("llama"))
     message(caught)
+
+
+# --- Without a calibration -----------------------------------------------------------------------------------------------
+
+
+def test_neighbours_need_no_calibration_and_select_by_averaged_channels():
+    model = tiny_model("llama")
+    ids = torch.randint(3, model.config.vocab_size, (1, 50))
+    method = DoubleSparsity(stat="neighbours", tokens=8, channels=4, label_bits=16, dense_layers=(), keep_current=False)
+    with method.attach(model) as handle, torch.no_grad():
+        cache = model(ids[:, :49], use_cache=True).past_key_values
+        with handle.runtime.recording() as trace:
+            queries = {}
+            plain = handle.runtime.attention
+
+            def spy(module, query, *args, **kwargs):
+                queries[module.layer_idx] = query[:, :, 0]
+                return plain(module, query, *args, **kwargs)
+
+            handle.runtime.attention = spy
+            model(ids[:, 49:], past_key_values=cache)
+    assert len(trace) == model.config.num_hidden_layers
+    for index, length, indices, counts in trace:
+        keys = cache.layers[index].keys
+        group = queries[index].shape[1] // keys.shape[1]
+        pooled_key = keys.unflatten(-1, (4, -1)).mean(-1).repeat_interleave(group, 1)
+        scores = (queries[index].unflatten(-1, (4, -1)).mean(-1)[:, :, None] * pooled_key).sum(-1)
+        assert length == 50
+        assert (counts == 8).all()
+        assert torch.equal(indices.long(), scores.topk(8).indices.sort(-1).values)
+
+
+@pytest.mark.parametrize("settings", [{"channels": 7}, {"labels_per": "query_head"}, {"offload": "file"}])
+def test_neighbours_refuse_what_they_cannot_do(settings):
+    with pytest.raises(InputError, match="neighbours") as error:
+        DoubleSparsity(stat="neighbours", **settings).attach(tiny_model("llama"))
+    assert "\n" not in str(error.value)

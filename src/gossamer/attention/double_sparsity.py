@@ -21,10 +21,8 @@ attended (`keep_current`); with grouped queries, labels are per KV head with s s
 
 from __future__ import annotations
 
-import json
-import re
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from pydantic import Field
@@ -32,85 +30,22 @@ from torch import Tensor, nn
 
 from gossamer import ops
 from gossamer.attention.base import AttentionMethod
+from gossamer.attention.double_sparsity_channels import (
+    Statistic,
+    calibrate,
+    channel_order,
+    import_channels,
+    label_scores_per,
+)
 from gossamer.calibration import Calibration
 from gossamer.errors import CalibrationError, InputError
-from gossamer.hf import (
-    AttentionRuntime,
-    DecodePolicy,
-    LayerView,
-    ModelShape,
-    PrefillPolicy,
-    SelectingPolicy,
-    dense_attention,
-)
+from gossamer.hf import DecodePolicy, LayerView, ModelShape, SelectingPolicy
 from gossamer.hf.cache import Derived
-from gossamer.hf.views import attention_views, model_shape
+from gossamer.hf.views import model_shape
 from gossamer.models import fingerprint
 from gossamer.ops.labels import container_bits
 from gossamer.patterns import Budget, resolve
 from gossamer.registry import register
-
-Statistic = Literal["qk", "q", "k"]
-
-
-def magnitude(states: Tensor) -> Tensor:
-    """Mean over tokens of |x|: ``[batch, heads, tokens, d]`` → ``[heads, d]``."""
-    return states.abs().float().mean(dim=(0, 2))
-
-
-def _own_products(query: Tensor, key: Tensor) -> Tensor:
-    """|q·k| per channel of each token with itself, contiguous ``[batch, heads, tokens, d]``."""
-    grouped: Tensor = query.unflatten(1, (key.shape[1], -1))
-    return (grouped * key.unsqueeze(2)).flatten(1, 2).abs().float()
-
-
-def product_magnitude(query: Tensor, key: Tensor) -> Tensor:
-    """Mean over tokens of |q·k| per channel, each token with itself: → ``[heads, d]``; keys ``[batch, kv_heads, tokens, d]``."""
-    return _own_products(query, key).mean(dim=(0, 2))
-
-
-def released_product_magnitude(query: Tensor, key: Tensor) -> Tensor:
-    """The released script's qk statistic: the head axis is not moved before flattening, so "heads" mix positions."""
-    product = _own_products(query, key)
-    return product.reshape(-1, product.shape[1], product.shape[3]).mean(dim=0)
-
-
-def channel_order(score: Tensor) -> Tensor:
-    """Channels by falling score, ties by number: ``[heads, d]`` → int64 ``[heads, d]``, each row a permutation."""
-    return score.argsort(dim=-1, descending=True, stable=True)
-
-
-def label_scores_per(score: Tensor, kv_heads: int, labels_per: Literal["kv_head", "query_head"], heads: int) -> Tensor:
-    """Bring a statistic to the heads that have labels: summed over each group, or repeated for its query heads."""
-    if labels_per == "kv_head":
-        return score if score.shape[0] == kv_heads else score.unflatten(0, (kv_heads, -1)).sum(1)
-    return score if score.shape[0] == heads else score.repeat_interleave(heads // score.shape[0], 0)
-
-
-def interleaved_channels(channels: Tensor, head_dim: int) -> Tensor:
-    """Channel numbers of half-split rotary checkpoints in the interleaved layout: c → (2c mod d) + ⌊2c/d⌋.
-
-    >>> interleaved_channels(torch.arange(4), 4).tolist()
-    [0, 2, 1, 3]
-    """
-    return (2 * channels) % head_dim + (2 * channels) // head_dim
-
-
-class _Recorder(PrefillPolicy):
-    """Collects the qk statistics of each layer while attention stays dense."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-
-    def prefill(self, layer: LayerView, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Add this block, then attend densely."""
-        self.add(f"qk.{layer.index}", product_magnitude(query, key))
-        self.sums[f"qk_released.{layer.index}"] = released_product_magnitude(query, key)  # the last block only
-        return dense_attention(query, key, value, layer.scale, starts=layer.starts, window=layer.window)
-
-    def add(self, name: str, value: Tensor) -> None:
-        """Sum over blocks."""
-        self.sums[name] = self.sums[name] + value if name in self.sums else value
 
 
 class Labels(Derived):
@@ -149,9 +84,13 @@ class DoubleSparsityPolicy(SelectingPolicy):
                 state.cache = state.cache.grow(kv.capacity)
         if state.rows < kv.length:
             new = kv.key_storage.narrow(2, state.rows, kv.length - state.rows).to(channels.device)
-            ops.append_labels(state.cache, new, channels, state.rows)
+            ops.append_labels(state.cache, self.label_keys(new), channels, state.rows)
             state.rows = kv.length
         return state.cache
+
+    def label_keys(self, key: Tensor) -> Tensor:
+        """What labels are picked from: the keys ``[batch, kv_heads, new, head_dim]`` themselves."""
+        return key
 
     def select(self, layer: LayerView, query: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """The rows that `decode` would attend."""
@@ -185,6 +124,32 @@ class DoubleSparsityPolicy(SelectingPolicy):
         )
 
 
+class NeighbourPolicy(DoubleSparsityPolicy):
+    """Without a calibration: a label channel is the mean of γ neighbouring channels, of the key and of the query."""
+
+    def label_keys(self, key: Tensor) -> Tensor:
+        """Keys with their channels averaged in groups: ``[batch, kv_heads, new, r]``."""
+        pooled: Tensor = key.unflatten(-1, (self.channels[0].shape[1], -1)).mean(-1)
+        return pooled
+
+    def _attend(self, layer: LayerView, query: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        key, value = layer.rows(length)
+        scores = ops.label_scores(
+            self.label_keys(query),
+            self.channels[layer.index],
+            self.labels(layer),
+            length,
+            starts=layer.starts,
+            reduce=self.method.group_reduce if self.method.select_per == "kv_head" else "none",
+            kv_heads=key.shape[1],
+        )
+        if self.method.keep_current:
+            scores[..., length - 1] = torch.inf
+        indices, counts = ops.select_topk(scores, self.budget(length), starts=layer.starts)
+        out = ops.decode_attention(query, key, value, indices=indices, counts=counts, scale=layer.scale)
+        return out, indices, counts
+
+
 @register("double-sparsity", slot="attention.decode", family="attention", needs=["calibration"])
 class DoubleSparsity(AttentionMethod):
     """Post-training sparse attention for decode: a small label cache finds the tokens, exact attention reads only those.
@@ -203,7 +168,9 @@ class DoubleSparsity(AttentionMethod):
         1 / 4, description="r, label channels: a count or a fraction of head_dim (1/γ in the paper)"
     )
     label_bits: int = Field(4, ge=1, le=16, description="b, bits of a label value; 16 keeps the model's dtype")
-    stat: Statistic = Field("qk", description="calibration statistic that ranks channels")
+    stat: Statistic | Literal["neighbours"] = Field(
+        "qk", description="statistic that ranks channels; 'neighbours' averages neighbouring channels, uncalibrated"
+    )
     labels_per: Literal["kv_head", "query_head"] = Field("kv_head", description="heads that have labels of their own")
     select_per: Literal["kv_head", "query_head"] = Field("query_head", description="heads that select for themselves")
     group_reduce: Literal["sum", "max"] = Field(
@@ -229,41 +196,17 @@ class DoubleSparsity(AttentionMethod):
     )
 
     def calibrate(self, model: nn.Module, tokens: Tensor) -> Calibration:
-        """Rank the channels of every head on token blocks ``[count, block]``, one block per forward.
-
-        All statistics are kept, so one calibration serves every `stat`.
+        """Rank the channels of every head on token blocks ``[count, block]``; one calibration serves every `stat`.
 
         Raises:
             InputError: `tokens` is not a non-empty integer matrix.
             CalibrationError: activations are not finite, or layers were never reached.
         """
-        if tokens.ndim != 2 or tokens.numel() == 0 or tokens.is_floating_point():
-            raise InputError(
-                f"calibration tokens must be a non-empty integer matrix [blocks, length], got {tuple(tokens.shape)}"
-            )
-        if model.training:
-            raise InputError("calibration needs the model as it will run: call model.eval() first")
-        shape, recorder = model_shape(model), _Recorder()
-        runtime = AttentionRuntime(model, prefill=recorder)
-        hooks: list[Any] = []
-        try:
-            for view in attention_views(model):
-                for kind, source, heads in (("q", view.q_source, shape.heads), ("k", view.k_source, shape.kv_heads)):
-                    if source is not None:
-                        hooks.append(
-                            source.register_forward_hook(_pre_rope_hook(recorder, f"{kind}.{view.index}", heads))
-                        )
-            with torch.no_grad():
-                for block in tokens:
-                    model(block[None].to(next(model.parameters()).device), use_cache=True)
-        finally:
-            runtime.detach()
-            for hook in hooks:
-                hook.remove()
-        if f"qk.{shape.layers - 1}" not in recorder.sums:
-            raise CalibrationError("calibration reached no attention layer: this model's attention is not supported")
-        facts = {"blocks": tokens.shape[0], "block": tokens.shape[1], "layers": shape.layers}
-        return Calibration(self.slug, fingerprint(model), {k: v.cpu() for k, v in recorder.sums.items()}, facts)
+        return calibrate(model, tokens)
+
+    def import_calibration(self, path: str | Path, model: nn.Module) -> Calibration:
+        """Read a channel file (JSON) of the official release; see `double_sparsity_channels.import_channels`."""
+        return import_channels(path, model)
 
     def label_channels(self, calibration: Calibration, shape: ModelShape) -> list[Tensor]:
         """The label channels of every layer, int32 ``[label heads, r]``.
@@ -291,6 +234,8 @@ class DoubleSparsity(AttentionMethod):
 
     def decode_policy(self, model: nn.Module, calibration: Calibration | None) -> DecodePolicy:
         """A policy with this model's label channels."""
+        if self.stat == "neighbours":
+            return self._uncalibrated(model)
         calibration = self.require(calibration)
         calibration.check(fingerprint(model))
         device = next(model.parameters()).device
@@ -300,6 +245,18 @@ class DoubleSparsity(AttentionMethod):
         from gossamer.attention.double_sparsity_offload import OffloadPolicy  # it builds on this file
 
         return OffloadPolicy(self, channels)
+
+    def _uncalibrated(self, model: nn.Module) -> DecodePolicy:
+        shape = model_shape(model)
+        r = min(resolve(self.channels, shape.head_dim), shape.head_dim)
+        if shape.head_dim % r or self.labels_per != "kv_head" or self.offload != "none":
+            raise InputError(
+                f"double-sparsity: stat='neighbours' needs channels that divide head_dim ({r} of {shape.head_dim}), "
+                "labels_per='kv_head' and no offload"
+            )
+        device = next(model.parameters()).device
+        channels = torch.arange(r, dtype=torch.int32, device=device).expand(shape.kv_heads, r).contiguous()
+        return NeighbourPolicy(self, [channels] * shape.layers)
 
     def io_bytes(self, length: int, shape: ModelShape, element_size: int) -> dict[str, int]:
         """The paper's count, ``S·r·b/8 + 2·k·d·bytes`` per head; packed labels add 8 bytes of scale per token and head."""
@@ -313,55 +270,3 @@ class DoubleSparsity(AttentionMethod):
             "scores": length * r * bits * label_heads // 8,
             "scales": length * label_heads * 8 if self.label_bits <= 8 else 0,
         }
-
-
-def _pre_rope_hook(recorder: _Recorder, name: str, heads: int) -> Any:
-    """A forward hook that adds the magnitudes of a projection's (or head norm's) output."""
-
-    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-        if output.ndim == 4 and output.shape[1] == heads != output.shape[2]:  # Gemma norms heads that it has moved
-            recorder.add(name, magnitude(output))
-        else:
-            recorder.add(name, magnitude(output.reshape(*output.shape[:2], heads, -1).transpose(1, 2)))
-
-    return hook
-
-
-def import_channels(path: str | Path, model: nn.Module) -> Calibration:
-    """Read a channel file of the official release (JSON, ``model.layers.i.self_attn.{q,k,qk}_proj`` → ``[heads][d]``).
-
-    It holds rankings, not statistics: a channel's score becomes d minus its rank, which keeps every head's order; groups
-    then vote by rank.
-
-    Raises:
-        CalibrationError: unreadable, another shape than the model, or rows that are no permutations.
-    """
-    shape = model_shape(model)
-    try:
-        data: dict[str, list[list[int]]] = json.loads(Path(path).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise CalibrationError(f"cannot read the channel file {path}: {error}") from None
-    if not isinstance(data, dict):
-        raise CalibrationError(f"{path} is no channel file: it holds no named layers")
-    tensors: dict[str, Tensor] = {}
-    for name, rows in data.items():
-        match = re.fullmatch(r"model\.layers\.(\d+)\.self_attn\.(q|k|qk)_proj", name)
-        if match is None:
-            raise CalibrationError(f"{path}: unexpected entry {name!r}")
-        layer, stat = int(match[1]), match[2]
-        heads = shape.kv_heads if stat == "k" else shape.heads
-        whole = list(range(shape.head_dim))
-        if (
-            layer >= shape.layers
-            or not isinstance(rows, list)
-            or len(rows) != heads
-            or not all(isinstance(row, list) and sorted(row, key=str) == sorted(whole, key=str) for row in rows)
-        ):
-            raise CalibrationError(f"{path}: {name} does not fit this model ({heads} heads, {shape.head_dim} channels)")
-        rank = torch.tensor(rows).argsort(dim=-1)
-        tensors[f"{stat}.{layer}"] = (shape.head_dim - rank).float()
-    stats = {name.split(".")[0] for name in tensors}
-    missing = [f"{s}.{i}" for s in stats for i in range(shape.layers) if f"{s}.{i}" not in tensors]
-    if missing or not tensors:
-        raise CalibrationError(f"{path}: no channels for {missing[0] if missing else 'any layer'}")
-    return Calibration("double-sparsity", fingerprint(model), tensors, {"imported": Path(path).name})
