@@ -15,9 +15,9 @@ from typing import Any
 import yaml
 from torch import nn
 
-from gossamer.attention import AttentionMethod, attach
 from gossamer.calibration import Calibration
 from gossamer.errors import GossamerError, RecipeError
+from gossamer.policies import PolicyHandle, PolicyMethod, attach
 from gossamer.registry import SLOTS, Handle, Method, make
 
 
@@ -40,14 +40,15 @@ class Step:
 class Recipe:
     """Methods that run together.
 
-    Raises:
-        RecipeError: it is empty, or two methods take the same slot.
+        Raises:
+            RecipeError: it is empty, or two methods take the same slot.
 
-    >>> from gossamer.registry import make
-    >>> print(Recipe((Step(make("quest", tokens=256)),)).to_yaml(), end="")
-    methods:
-    - quest:
-        tokens: 256
+        >>> from gossamer.policies import PolicyHandle, PolicyMethod, attach
+    from gossamer.registry import make
+        >>> print(Recipe((Step(make("quest", tokens=256)),)).to_yaml(), end="")
+        methods:
+        - quest:
+            tokens: 256
     """
 
     steps: tuple[Step, ...]
@@ -119,18 +120,29 @@ class Recipe:
             entries.append({step.method.slug: settings} if settings else step.method.slug)
         return yaml.safe_dump({"methods": entries}, sort_keys=False)
 
-    def attach(self, model: nn.Module) -> Handle:
+    def attach(self, model: nn.Module) -> PolicyHandle:
         """Put every method on the model, parameters first and the run last; the handle takes them off in reverse.
 
         Raises:
             RecipeError: a method cannot be attached to a run.
         """
         steps = sorted(self.steps, key=lambda step: SLOTS.index(step.method.slot))
-        attention = [step for step in steps if isinstance(step.method, AttentionMethod)]
-        others = [step.method.slug for step in steps if not isinstance(step.method, AttentionMethod)]
-        if others:
-            raise RecipeError(f"{others[0]} cannot be attached to a run")
-        chosen = [
-            (s.method, s.load_calibration(self.folder)) for s in attention if isinstance(s.method, AttentionMethod)
-        ]
-        return attach(model, chosen)
+        calibrated = [(step.method, step.load_calibration(self.folder)) for step in steps]
+        policies = [(method, learned) for method, learned in calibrated if isinstance(method, PolicyMethod)]
+        others = [(method, learned) for method, learned in calibrated if not isinstance(method, PolicyMethod)]
+        for method, _ in others:
+            if not hasattr(method, "attach"):
+                raise RecipeError(f"{method.slug} changes a model for good and cannot be attached to a run")
+        handles: list[Handle] = []
+        try:
+            for method, learned in others:
+                attachable: Any = method
+                handles.append(attachable.attach(model, learned))
+            run = attach(model, policies)  # without policies: dense, by our kernel
+        except BaseException:
+            for handle in reversed(handles):
+                handle.detach()
+            raise
+        run.undo[:0] = [handle.detach for handle in handles]
+        run.reports += [handle.report for handle in handles]
+        return run

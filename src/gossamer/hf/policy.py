@@ -17,12 +17,20 @@ if TYPE_CHECKING:
     from gossamer.hf.attention import AttentionRuntime, LayerView
 
 
-class PrefillPolicy(ABC):
-    """Chooses which keys a block of new queries reads."""
+class Policy:
+    """What all three kinds share."""
 
     def open(self, layer: LayerView) -> Any:
-        """State for a cache layer that this policy has not seen; found at ``layer.prefill_state`` (default: none)."""
+        """State for a cache layer that this policy has not seen; kept on that layer's view (default: none)."""
         return None
+
+    def report(self) -> dict[str, Any]:
+        """Facts about the run so far, by name, for the handle's report (default: none)."""
+        return {}
+
+
+class PrefillPolicy(Policy, ABC):
+    """Chooses which keys a block of new queries reads. Its state is at ``layer.prefill_state``."""
 
     @abstractmethod
     def prefill(self, layer: LayerView, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -32,21 +40,17 @@ class PrefillPolicy(ABC):
         """
 
 
-class DecodePolicy(ABC):
-    """Chooses which cached keys one new query reads."""
+class DecodePolicy(Policy, ABC):
+    """Chooses which cached keys one new query reads. Its state is at ``layer.state``."""
 
     #: Where each layer's rows are kept (None: in memory, on the model's device).
     places: list[Allocator] | None = None
 
-    def attached(self, runtime: AttentionRuntime) -> None:  # noqa: B027 (optional)
+    def attached(self, runtime: AttentionRuntime) -> None:
         """Called once when the policy is on its model (default: nothing to do)."""
 
-    def detached(self) -> None:  # noqa: B027 (optional)
+    def detached(self) -> None:
         """Called once when it is taken off; undo what `attached` did (default: nothing)."""
-
-    def open(self, layer: LayerView) -> Any:
-        """State for a cache layer that this policy has not seen; kept on that layer (default: none)."""
-        return None
 
     @abstractmethod
     def decode(self, layer: LayerView, query: Tensor, length: int) -> Tensor:
@@ -57,12 +61,11 @@ class DecodePolicy(ABC):
         """
 
 
-class CachePolicy(ABC):
-    """Chooses what the cache of a layer keeps: rows are dropped, merged or re-encoded after they were attended."""
+class CachePolicy(Policy, ABC):
+    """Chooses what the cache of a layer keeps: rows are dropped, merged or re-encoded after they were attended.
 
-    def open(self, layer: LayerView) -> Any:
-        """State for a cache layer that this policy has not seen; found at ``layer.cache_state`` (default: none)."""
-        return None
+    Its state is at ``layer.cache_state``.
+    """
 
     @abstractmethod
     def update(self, layer: LayerView, query: Tensor) -> None:
