@@ -277,7 +277,10 @@ def compare(
         value = check(parse(budget))
     except ValueError as error:
         raise InputError(f"--budget {error}") from None
-    chosen: list[Any] = [make(s, **({"tokens": value} if "tokens" in method(s).model_fields else {})) for s in slugs]
+    chosen: list[Any] = []
+    for slug in slugs:
+        field = next((name for name in ("tokens", "budget") if name in method(slug).model_fields), None)
+        chosen.append(make(slug, **({field: value} if field else {})))
     plan = Plan(
         context=context,
         decode_tokens=decode,

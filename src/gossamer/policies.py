@@ -78,7 +78,13 @@ def attach(model: nn.Module, chosen: Sequence[tuple[PolicyMethod, Calibration | 
     for method, calibration in chosen:
         for phase, policy in method.policies(model, calibration).items():
             if phase in policies:
-                raise RecipeError(f"{owner[phase]} and {method.slug} both claim the {phase} of attention: choose one")
+                where = "the cache" if phase == "cache" else f"attention in {phase}"
+                hint = (
+                    " (prompt='block' leaves prefill free)"
+                    if any("prompt" in type(m).model_fields for m, _ in chosen)
+                    else ""
+                )
+                raise RecipeError(f"{owner[phase]} and {method.slug} both claim {where}: choose one{hint}")
             policies[phase], owner[phase] = policy, method.slug
     runtime = AttentionRuntime(model, **policies)
 

@@ -40,15 +40,14 @@ class Step:
 class Recipe:
     """Methods that run together.
 
-        Raises:
-            RecipeError: it is empty, or two methods take the same slot.
+    Raises:
+        RecipeError: it is empty, or two methods take the same slot.
 
-        >>> from gossamer.policies import PolicyHandle, PolicyMethod, attach
-    from gossamer.registry import make
-        >>> print(Recipe((Step(make("quest", tokens=256)),)).to_yaml(), end="")
-        methods:
-        - quest:
-            tokens: 256
+    >>> from gossamer.registry import make
+    >>> print(Recipe((Step(make("quest", tokens=256)),)).to_yaml(), end="")
+    methods:
+    - quest:
+        tokens: 256
     """
 
     steps: tuple[Step, ...]

@@ -3,7 +3,18 @@
 Importing this package registers them; a new one is a file here and a line below.
 """
 
-from gossamer.attention import controls, double_sparsity, quest, streaming_llm
+from gossamer.attention import controls, double_sparsity, quest, sparq, streaming_llm, tidaldecode, tokenselect
 from gossamer.attention.base import AttentionHandle, AttentionMethod, attach
 
-__all__ = ["AttentionHandle", "AttentionMethod", "attach", "controls", "double_sparsity", "quest", "streaming_llm"]
+__all__ = [
+    "AttentionHandle",
+    "AttentionMethod",
+    "attach",
+    "controls",
+    "double_sparsity",
+    "quest",
+    "sparq",
+    "streaming_llm",
+    "tidaldecode",
+    "tokenselect",
+]

@@ -58,7 +58,7 @@ class Reproduction:
 
 
 #: Modules of this folder that hold a `REPRODUCTION`.
-_MODULES = ("double_sparsity",)
+_MODULES = ("a2sf", "double_sparsity", "tidaldecode", "tokenselect")
 
 
 def reproductions() -> dict[str, Reproduction]:
