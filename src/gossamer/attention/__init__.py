@@ -3,7 +3,16 @@
 Importing this package registers them; a new one is a file here and a line below.
 """
 
-from gossamer.attention import controls, double_sparsity, quest, sparq, streaming_llm, tidaldecode, tokenselect
+from gossamer.attention import (
+    controls,
+    double_sparsity,
+    hip_attention,
+    quest,
+    sparq,
+    streaming_llm,
+    tidaldecode,
+    tokenselect,
+)
 from gossamer.attention.base import AttentionHandle, AttentionMethod, attach
 
 __all__ = [
@@ -12,6 +21,7 @@ __all__ = [
     "attach",
     "controls",
     "double_sparsity",
+    "hip_attention",
     "quest",
     "sparq",
     "streaming_llm",

@@ -52,6 +52,7 @@ class Labels(Derived):
     """The label cache of one layer, following its rows."""
 
     cache: ops.LabelCache | None = None
+    prepared: ops.PreparedLabelAttention | None = None
 
 
 class DoubleSparsityPolicy(SelectingPolicy):
@@ -69,11 +70,11 @@ class DoubleSparsityPolicy(SelectingPolicy):
         """Rows kept per selection."""
         return resolve(self.method.tokens, length)
 
-    def labels(self, layer: LayerView) -> ops.LabelCache:
-        """Labels of all rows in the cache: new rows, of prefill and decode alike, are appended here."""
+    def room(self, layer: LayerView) -> ops.LabelCache:
+        """A label cache with room for all rows, those that it has filled in place."""
         state, kv, channels = cast(Labels, layer.state), layer.kv, self.channels[layer.index]
-        assert kv.key_storage is not None
         if state.cache is None or state.cache.capacity < kv.length:
+            assert kv.key_storage is not None
             with torch.inference_mode(False):  # written in and out of inference mode
                 key = kv.key_storage
                 if state.cache is None:
@@ -82,11 +83,18 @@ class DoubleSparsityPolicy(SelectingPolicy):
                         key.shape[0], heads, kv.capacity, r, self.method.label_bits, key.dtype, channels.device
                     )
                 state.cache = state.cache.grow(kv.capacity)
-        if state.rows < kv.length:
-            new = kv.key_storage.narrow(2, state.rows, kv.length - state.rows).to(channels.device)
-            ops.append_labels(state.cache, self.label_keys(new), channels, state.rows)
-            state.rows = kv.length
         return state.cache
+
+    def labels(self, layer: LayerView) -> ops.LabelCache:
+        """Labels of all rows in the cache: new rows, of prefill and decode alike, are appended here."""
+        state, kv, channels = cast(Labels, layer.state), layer.kv, self.channels[layer.index]
+        cache = self.room(layer)
+        if state.rows < kv.length:
+            assert kv.key_storage is not None
+            new = kv.key_storage.narrow(2, state.rows, kv.length - state.rows).to(channels.device)
+            ops.append_labels(cache, self.label_keys(new), channels, state.rows)
+            state.rows = kv.length
+        return cache
 
     def label_keys(self, key: Tensor) -> Tensor:
         """What labels are picked from: the keys ``[batch, kv_heads, new, head_dim]`` themselves."""
@@ -94,34 +102,50 @@ class DoubleSparsityPolicy(SelectingPolicy):
 
     def select(self, layer: LayerView, query: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """The rows that `decode` would attend."""
-        _, indices, counts = self._attend(layer, query, length)
-        return indices, counts
+        self.attend(layer, query, length)
+        attention = cast(Labels, layer.state).prepared
+        assert attention is not None
+        indices, counts = attention.chosen
+        return indices.clone(), counts.clone()
 
     def decode(self, layer: LayerView, query: Tensor, length: int) -> Tensor:
         """Dense where asked; otherwise score, select and attend."""
         if self.is_dense(layer, length):
             return layer.dense_decode(query, length)
-        out, indices, counts = self._attend(layer, query, length)
-        labels = cast(ops.LabelCache, layer.state.cache)
-        layer.count_selected(indices, counts, length, labels.nbytes(length))
+        out, rows = self.attend(layer, query, length)
+        state = cast(Labels, layer.state)
+        assert state.cache is not None and state.prepared is not None
+        if layer.runtime.trace is not None:
+            layer.record(*state.prepared.chosen, length)
+        layer.count(rows, length, state.cache.nbytes(length))
         return out
 
-    def _attend(self, layer: LayerView, query: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
-        labels = self.labels(layer)
-        key, value = layer.rows(length)
-        return ops.label_attention(
-            query,
-            key,
-            value,
-            self.channels[layer.index],
-            labels,
-            self.budget(length),
-            starts=layer.starts,
-            scale=layer.scale,
-            select=self.method.select_per,
-            reduce=self.method.group_reduce if self.method.select_per == "kv_head" else None,
-            protect_last=self.method.keep_current,
+    def attend(self, layer: LayerView, query: Tensor, length: int) -> tuple[Tensor, int]:
+        """Label the new rows, score, select and attend, in one call; returns the output and the rows read."""
+        state, kv = cast(Labels, layer.state), layer.kv
+        attention = state.prepared
+        if (
+            attention is None
+            or attention.labels is not state.cache
+            or attention.capacity < kv.length
+            or not attention.fits(kv.key_storage, kv.value_storage)
+        ):
+            assert kv.key_storage is not None and kv.value_storage is not None
+            attention = state.prepared = ops.PreparedLabelAttention(
+                kv.key_storage,
+                kv.value_storage,
+                self.channels[layer.index],
+                self.room(layer),
+                select=self.method.select_per,
+                reduce=self.method.group_reduce if self.method.select_per == "kv_head" else None,
+                protect_last=self.method.keep_current,
+            )
+        new = (state.rows, kv.length)
+        out, rows = attention.attend(
+            query, length, self.budget(length), append=new, scale=layer.scale, starts=layer.starts
         )
+        state.rows = kv.length
+        return out, rows
 
 
 class NeighbourPolicy(DoubleSparsityPolicy):
@@ -132,8 +156,8 @@ class NeighbourPolicy(DoubleSparsityPolicy):
         pooled: Tensor = key.unflatten(-1, (self.channels[0].shape[1], -1)).mean(-1)
         return pooled
 
-    def _attend(self, layer: LayerView, query: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
-        key, value = layer.rows(length)
+    def select(self, layer: LayerView, query: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """The best rows by the averaged channels."""
         scores = ops.label_scores(
             self.label_keys(query),
             self.channels[layer.index],
@@ -141,13 +165,19 @@ class NeighbourPolicy(DoubleSparsityPolicy):
             length,
             starts=layer.starts,
             reduce=self.method.group_reduce if self.method.select_per == "kv_head" else "none",
-            kv_heads=key.shape[1],
+            kv_heads=layer.attention().kv_heads,
         )
         if self.method.keep_current:
             scores[..., length - 1] = torch.inf
-        indices, counts = ops.select_topk(scores, self.budget(length), starts=layer.starts)
-        out = ops.decode_attention(query, key, value, indices=indices, counts=counts, scale=layer.scale)
-        return out, indices, counts
+        return ops.select_topk(scores, self.budget(length), starts=layer.starts)
+
+    def score_bytes(self, layer: LayerView, length: int) -> int:
+        """Labels of all rows."""
+        return self.labels(layer).nbytes(length)
+
+    def decode(self, layer: LayerView, query: Tensor, length: int) -> Tensor:
+        """Select, then attend."""
+        return SelectingPolicy.decode(self, layer, query, length)
 
 
 @register("double-sparsity", slot="attention.decode", family="attention", needs=["calibration"])

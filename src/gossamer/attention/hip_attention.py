@@ -1,0 +1,341 @@
+"""HiP attention: hierarchically pruned keys for prefill and decode (Lee et al., ICLR 2025, arXiv 2406.09827).
+
+Near keys score alike, so a tree search finds a query block's best key blocks with a few scores. For every block of b_q
+queries, over the keys that are neither sinks nor in the window of its last query (T of them, ``B = ⌈T/b_k⌉`` blocks):
+
+    N = k/b_k segments of B/N blocks;  ⌈log₂(B/N)⌉ times: halve each, score a representative block of every half,
+        score = max over queries q[::b_sq] and the block's keys (every b_sk-th) of q·k,  keep the best N halves
+    attention = softmax over {sinks} ∪ {keys of the chosen blocks} ∪ {window of each query}, each key once, j ≤ i
+
+That is ``2N·log₂(B/N)`` scores a block, O(T log T) a prompt, and O(T·k) for attention. This is the v1.1 block version.
+Where the card is open: a query block starts at the first new query of a call, so chunks of a prompt should be multiples of
+b_q; all queries of a block vote, as published, so which keys an early query reads may hang on later tokens of its block
+(what it reads never does: each query attends only to j ≤ i); with left padding the keys of each sequence begin at its
+first real one; a budget that is no multiple of b_k is rounded up. Heads search alone (`topk_head_group_size` 1);
+offloading and SelfExtend positions are not part of this file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, cast
+
+import torch
+from pydantic import Field, ValidationInfo, field_validator
+from torch import Tensor, nn
+
+from gossamer.attention.base import AttentionMethod
+from gossamer.attention.streaming_llm import sinks_and_recent
+from gossamer.calibration import Calibration
+from gossamer.errors import InputError
+from gossamer.hf import DecodePolicy, LayerView, ModelShape, PrefillPolicy, SelectingPolicy
+from gossamer.hf.attention import dense_attention
+from gossamer.hf.cache import Derived
+from gossamer.patterns import Budget, resolve
+from gossamer.patterns.hierarchy import Found, HipIndex, Layout, Representative, descend, levels, representatives, vote
+from gossamer.registry import register
+
+_CHUNK = 1 << 21  # elements gathered at a time: 8 MB, which stay in the processor's cache
+
+
+def take(rows: Tensor, ids: Tensor) -> Tensor:
+    """Rows of ``[batch, kv_heads, length, d]`` by int64 ids ``[batch, heads, …]``, float32 ``[batch, heads, …, d]``.
+
+    Heads that share a KV head read its rows in place; nothing else is copied, also from a view of a larger cache.
+    """
+    if rows.stride(3) != 1 or rows.stride(2) == 0 or rows.stride(0) % rows.stride(2) or rows.stride(1) % rows.stride(2):
+        rows = rows.contiguous()
+    batch, kv_heads, length, dim = rows.shape
+    of_batch, of_head = rows.stride(0) // rows.stride(2), rows.stride(1) // rows.stride(2)
+    flat = rows.as_strided(((batch - 1) * of_batch + (kv_heads - 1) * of_head + length, dim), (rows.stride(2), 1))
+    head = torch.arange(ids.shape[1], device=ids.device) // (ids.shape[1] // kv_heads)
+    base = torch.arange(batch, device=ids.device)[:, None] * of_batch + head * of_head
+    ids = ids + base.view(batch, -1, *[1] * (ids.dim() - 2))
+    return flat.index_select(0, ids.flatten()).view(*ids.shape, dim).float()
+
+
+def search(
+    query: Tensor,
+    key: Tensor,
+    *,
+    budget: int = 512,
+    block_q: int = 32,
+    block_k: int = 2,
+    window: int = 256,
+    sink: int = 16,
+    stride_q: int = 2,
+    stride_k: int = 1,
+    representative: Representative = "center",
+    starts: Tensor | None = None,
+    causal: bool = True,
+    jitter: int = 0,
+    generator: torch.Generator | None = None,
+) -> HipIndex:
+    """Choose keys for `query` ``[batch, heads, new, d]``, the last `new` positions of `key` ``[batch, kv_heads, length, d]``.
+
+    `jitter` and `generator` are those of `gossamer.patterns.hierarchy.descend`.
+
+    Raises:
+        InputError: shapes that do not fit, or settings below 1 (`sink` below 0).
+
+    >>> q = k = torch.eye(64)[None, None]
+    >>> search(q, k, budget=8, block_q=16, window=16, sink=4).blocks.shape
+    torch.Size([1, 1, 4, 4])
+    """
+    _check(query, key)
+    if min(budget, block_q, block_k, window, stride_q, stride_k) < 1 or sink < 0:
+        raise InputError("hip: budget, block sizes, window and strides must be 1 or more, and sink 0 or more")
+    layout = Layout(query.shape[2], key.shape[2], block_q, block_k, window, sink, starts, causal)
+    count, nodes, device = layout.query_blocks, -(-budget // block_k), query.device
+    begin, end = layout.region(device)
+    blocks = ((end - begin).clamp_min(0) + block_k - 1) // block_k
+    lines = blocks[:, None].expand(query.shape[0], query.shape[1], count)
+    # The last block is filled up with a query that votes anyway: its first.
+    filler = query[:, :, (count - 1) * block_q, None].expand(-1, -1, count * block_q - layout.new, -1)
+    votes = torch.cat([query, filler], 2).unflatten(2, (count, block_q))[:, :, :, ::stride_q]
+    offset = torch.arange(0, block_k, stride_k, device=device)
+
+    def score(at: slice) -> Callable[[Tensor, Tensor], Tensor]:
+        voters, limit = votes[:, :, at].float(), end[:, None, at, None, None]
+
+        def best(segment: Tensor, size: Tensor) -> Tensor:
+            block = representatives(segment, size, representative)
+            ids = (begin[..., None, None] + block * block_k)[..., None] + offset
+            keys = take(key, ids.clamp_max(layout.length - 1).flatten(3))
+            highest: Tensor = (voters @ keys.transpose(3, 4)).amax(3).unflatten(3, (-1, len(offset)))
+            masked: Tensor = highest.masked_fill(ids >= limit, -math.inf)
+            return masked.amax(4)
+
+        return best
+
+    step = max(1, _CHUNK // (lines[:, :, 0].numel() * 2 * nodes * len(offset) * query.shape[3]))
+    chunks = [slice(at, at + step) for at in range(0, count, step)]
+    parts = [descend(lines[:, :, at], nodes, score(at), jitter, generator) for at in chunks]
+    return HipIndex(layout, *(torch.cat(tensors, 2) for tensors in zip(*parts, strict=True)))
+
+
+def always(layout: Layout, at: slice, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Sinks and windows of the query blocks `at`: rows that the block may read, and which of them each query reads.
+
+    Returns:
+        rows int64 ``[batch or 1, blocks, n]`` with n = sink + window + block_q − 1 (0 without causality), and a boolean
+        ``[batch or 1, blocks, block_q, n]`` that is true once for each key. A query in the padding reads itself.
+    """
+    i, first = layout.positions(device)[at, :, None], layout.first(device)[:, None, None, None]
+    sink, span = (layout.sink, layout.window + layout.block_q - 1) if layout.causal else (0, 0)
+    sinks = (first + torch.arange(sink, device=device)).expand(-1, i.shape[0], -1, -1)
+    near = i[:, :1] - layout.window + 1 + torch.arange(span, device=device)
+    in_window = (near <= i) & (near > i - layout.window) & (near >= first + layout.sink) | (near == i) & (i < first)
+    rows = torch.cat([sinks, near.expand(first.shape[0], -1, -1, -1)], 3)[:, :, 0]
+    return rows.clamp(0, layout.length - 1), torch.cat([sinks <= i, in_window], 3)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, index: HipIndex, scale: float | None = None) -> Tensor:
+    """Exact softmax of every query over the keys that `index` gives it; ``[batch, heads, new, d]``.
+
+    Memory grows with the keys read, never with new × length. Heads of a group share the rows of sinks and window.
+
+    Raises:
+        InputError: shapes that do not fit each other or the index.
+    """
+    _check(query, key)
+    layout, (batch, heads, new, dim), (kv_heads, length) = index.layout, query.shape, key.shape[1:3]
+    indexed = (*index.blocks.shape[:2], layout.new, layout.length)
+    if value.shape != key.shape or indexed != (batch, heads, new, length):
+        raise InputError(f"hip: the index or the values do not fit queries {list(query.shape)}, keys {list(key.shape)}")
+    device, scale, size = query.device, dim**-0.5 if scale is None else scale, layout.block_q
+    padded = nn.functional.pad(query, (0, 0, 0, layout.query_blocks * size - new))
+    queries, out = padded.unflatten(2, (layout.query_blocks, size)), torch.empty_like(padded)
+    width, near = index.blocks.shape[3] * layout.block_k, layout.sink + layout.window + size
+    per_block = batch * heads * (2 * width * dim + 2 * size * (width + near)) + 2 * batch * kv_heads * near * dim
+    step = max(1, _CHUNK // per_block)
+    for at in (slice(i, i + step) for i in range(0, layout.query_blocks, step)):
+        (far_ids, valid), (near_ids, reads) = index.rows(at), always(layout, at, device)
+        near_ids = near_ids[:, None].expand(batch, kv_heads, -1, -1)
+        valid = valid[:, :, :, None]
+        if layout.causal:  # what lies in a query's window comes from there
+            valid = valid & (far_ids[:, :, :, None] <= layout.positions(device)[at, :, None] - layout.window)
+        q = queries[:, :, at].float() * scale
+        far = q @ take(key, far_ids).transpose(3, 4)
+        close = _ungroup(_group(q, kv_heads) @ take(key, near_ids).transpose(3, 4), size)
+        far, close = far.masked_fill_(~valid, -math.inf), close.masked_fill(~reads[:, None], -math.inf)
+        weights = torch.cat([far, close], 4).softmax(4)
+        part = weights[..., :width] @ take(value, far_ids)
+        part += _ungroup(_group(weights[..., width:], kv_heads) @ take(value, near_ids), size)
+        out[:, :, at.start * size : (at.start + part.shape[2]) * size] = part.flatten(2, 3)
+    return out[:, :, :new]
+
+
+def _group(x: Tensor, kv_heads: int) -> Tensor:
+    """``[batch, heads, blocks, block_q, n]`` as ``[batch, kv_heads, blocks, group·block_q, n]``."""
+    grouped: Tensor = x.unflatten(1, (kv_heads, -1)).transpose(2, 3)
+    return grouped.flatten(3, 4)
+
+
+def _ungroup(x: Tensor, block_q: int) -> Tensor:
+    """The other way round."""
+    apart: Tensor = x.unflatten(3, (-1, block_q)).transpose(2, 3)
+    return apart.flatten(1, 2)
+
+
+def _check(query: Tensor, key: Tensor) -> None:
+    q, k = query.shape, key.shape
+    fits = len(q) == len(k) == 4 and q[0] == k[0] and q[3] == k[3] and k[1] > 0 and q[1] % k[1] == 0
+    if not fits or not 0 < q[2] <= k[2]:
+        raise InputError(f"hip: want query [B,H,new,d] and key [B,Hkv,length,d], got {list(q)} and {list(k)}")
+
+
+class Chosen(Derived):
+    """A decode step's choice, kept for the next steps; `rows` is the length at which it was made, until rows change."""
+
+    made_at = -1
+    ids: Tensor | None = None
+    counts: Tensor | None = None
+    bytes_read = 0
+
+
+class HipPolicy(SelectingPolicy, PrefillPolicy):
+    """Searches blocks of a prompt, and every few decode steps; between them the choice stands and the window widens.
+
+    Steps search at lengths that `refresh` divides, and whenever there is no choice to go by, so that when a step searches
+    does not hang on how its context was fed.
+    """
+
+    def __init__(self, method: HipAttention) -> None:
+        super().__init__(frozenset(method.dense_layers))
+        self.method = method
+        #: Representatives scored since attaching, over heads and layers.
+        self.evaluations = 0
+
+    def open(self, layer: LayerView) -> Chosen:
+        """Nothing chosen yet."""
+        return Chosen()
+
+    def budget(self, length: int) -> int:
+        """Rows of a decode step at most: sinks, window, those that left it since the last search, chosen blocks."""
+        m = self.method
+        return m.sink + m.window + m.refresh - 1 + m.nodes(length) * m.block_k * m.ensemble
+
+    def score_bytes(self, layer: LayerView, length: int) -> int:
+        """Keys of the representatives, in the steps that search."""
+        return cast(Chosen, layer.state).bytes_read
+
+    def find(self, layer: LayerView, query: Tensor, key: Tensor, block_q: int) -> HipIndex:
+        """The keys of every query block, by `search` or by the vote of an ensemble of them."""
+        m, length = self.method, key.shape[2]
+        settings: dict[str, Any] = {
+            **m.model_dump(include={"block_k", "window", "sink", "stride_q", "stride_k", "representative"}),
+            "budget": m.nodes(length) * m.block_k,
+            "block_q": block_q,
+            "starts": layer.starts,
+        }
+        if m.ensemble == 1:
+            return search(query, key, **settings)
+        generator = torch.Generator().manual_seed((m.seed * 1_000_003 + layer.index) * 1_000_003 + length)
+        members = [search(query, key, jitter=m.jitter, generator=generator, **settings) for _ in range(m.ensemble)]
+        found = vote([Found(e.blocks, e.counts, e.evaluations) for e in members], m.votes)
+        return HipIndex(members[0].layout, *found)
+
+    def prefill(self, layer: LayerView, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Dense where `is_dense` says so, otherwise search and attend; a decode choice made before is forgotten."""
+        if isinstance(layer.state, Chosen):
+            layer.state.ids = None
+        if self.is_dense(layer, key.shape[2]):
+            return dense_attention(query, key, value, layer.scale, starts=layer.starts, window=layer.window)
+        index = self.find(layer, query, key, self.method.block_q)
+        self.evaluations += int(index.evaluations.sum())
+        return attention(query, key, value, index, layer.scale)
+
+    def select(self, layer: LayerView, query: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Sinks and window, then the rows chosen now or a few steps ago; rows that left the window since stay in."""
+        m, state, batch = self.method, cast(Chosen, layer.state), query.shape[0]
+        state.bytes_read = 0
+        stands = state.rows == state.made_at <= length and length // m.refresh == state.made_at // m.refresh
+        if state.ids is None or not stands:
+            key, _ = layer.rows(length)
+            index = self.find(layer, query[:, :, None], key, 1)
+            rows, valid = index.rows()
+            state.ids, state.counts = rows[:, :, 0].to(torch.int32), valid[:, :, 0].sum(2, dtype=torch.int32)
+            state.made_at = state.rows = length
+            scored = int(index.evaluations.sum())
+            self.evaluations += scored
+            state.bytes_read = scored * -(-m.block_k // m.stride_k) * key.shape[3] * key.element_size()
+        assert state.counts is not None
+        always = min(m.sink + m.window + length - state.made_at, length)
+        near, count = sinks_and_recent(layer.starts, batch, length, m.sink, always)
+        near, count = near.to(query.device), count.to(query.device)
+        # A sequence that does not fill the first part has nothing in the second: what counts stands in front.
+        return torch.cat([near.expand(-1, query.shape[1], -1), state.ids], 2), count + state.counts
+
+
+@register("hip-attention", slot="attention.prefill", family="attention")
+class HipAttention(AttentionMethod):
+    """Hierarchically pruned attention: each query block finds its keys by a tree search, O(T log T) for a whole prompt.
+
+    Serves prefill and decode with neither calibration nor training; use it for long prompts. A search scores
+    ``2N·⌈log₂(T/k)⌉`` blocks a query block (a decode step: one search in `refresh` steps), attention then reads
+    ``k + window + sink`` rows a head. It pays once a context is several times that. The first layers do not score near keys
+    alike: keep them dense, or search with an ensemble.
+
+    Paper: A Training-free Sub-quadratic Cost Transformer Model Serving Framework with Hierarchically Pruned Attention,
+    arXiv 2406.09827.
+
+    >>> HipAttention(tokens=128).nodes(1024)
+    64
+    """
+
+    tokens: Budget = Field(
+        512, description="k, searched keys of a query block, beside sinks and window: count or fraction"
+    )
+    block_q: int = Field(32, ge=1, description="b_q, queries of a prompt that share their keys")
+    block_k: int = Field(2, ge=1, description="b_k, neighbouring keys that are chosen together")
+    stride_q: int = Field(2, ge=1, description="b_sq: every so many queries of a block vote")
+    stride_k: int = Field(1, ge=1, description="b_sk: every so many keys of a representative block are scored")
+    window: int = Field(256, ge=1, description="last keys that every query reads, its own included")
+    sink: int = Field(16, ge=0, description="first keys that every query reads")
+    refresh: int = Field(8, ge=1, description="r_m, decode steps that one search serves")
+    representative: Representative = Field("center", description="the block that speaks for a segment")
+    dense_layers: tuple[int, ...] = Field(
+        (0, 1, 2), description="layers that read everything; negative counts from the end"
+    )
+    phases: Literal["both", "prefill", "decode"] = Field("both", description="which attention it takes over")
+    ensemble: int = Field(1, ge=1, le=64, description="n_e, searches with random splits that vote")
+    votes: int = Field(1, ge=1, description="θ, votes that keep a block; 1 is the union")
+    jitter: int = Field(5, ge=1, description="r_e, how far an ensemble's splits move, in blocks")
+    seed: int = Field(0, ge=0, lt=1 << 20, description="of the ensemble's splits")
+
+    @field_validator("votes")
+    @classmethod
+    def _enough_voters(cls, votes: int, info: ValidationInfo) -> int:
+        if votes > info.data.get("ensemble", votes):
+            raise ValueError("there are fewer searches (ensemble) than votes")
+        return votes
+
+    def nodes(self, length: int) -> int:
+        """N, key blocks in the budget at this context length."""
+        return -(-resolve(self.tokens, length) // self.block_k)
+
+    def decode_policy(self, model: nn.Module, calibration: Calibration | None) -> DecodePolicy | None:
+        """A policy for single queries, unless only prefill was asked for."""
+        return None if self.phases == "prefill" else HipPolicy(self)
+
+    def prefill_policy(self, model: nn.Module, calibration: Calibration | None) -> PrefillPolicy | None:
+        """A policy for blocks of queries, unless only decode was asked for."""
+        return None if self.phases == "decode" else HipPolicy(self)
+
+    def io_bytes(self, length: int, shape: ModelShape, element_size: int) -> dict[str, int]:
+        """Rows per query head (a step halfway between two searches) and the keys that a search scores, spread over `refresh`.
+
+        Exact for ``refresh=1`` where the keys searched are a multiple of `block_k`; an ensemble's union is an upper bound.
+        """
+        searched, row = max(0, length - self.window - self.sink), shape.head_dim * element_size
+        nodes = self.nodes(length)
+        widened = min(length, self.sink + self.window + (self.refresh - 1) // 2)
+        chosen = min(searched, nodes * self.block_k * self.ensemble)
+        depth = int(levels(torch.tensor(-(-searched // self.block_k)), nodes))
+        scored = 2 * nodes * depth * -(-self.block_k // self.stride_k) * self.ensemble
+        return {
+            "rows": min(length, widened + chosen) * shape.heads * 2 * row,
+            "scores": scored * shape.heads * row // self.refresh,
+        }
