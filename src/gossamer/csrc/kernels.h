@@ -97,6 +97,15 @@ struct LabelAttentionArgs {
   bool protect_last;
 };
 
+struct LinearArgs {
+  const void *x, *weight, *bias;  // [M,K], [N,K], [N] or null
+  void* out;                      // [M,N], contiguous
+  int64_t x_row, w_row;
+  int64_t rows, columns, outputs;  // M, K, N
+  DType dtype;
+  int threads;
+};
+
 struct Kernels {
   const char* name;
   Status (*decode_attention)(const AttentionArgs&);
@@ -104,6 +113,7 @@ struct Kernels {
   Status (*label_scores)(const ScoreArgs&);
   Status (*select_topk)(const SelectArgs&);
   Status (*label_attention)(const LabelAttentionArgs&);
+  Status (*linear)(const LinearArgs&);
   float (*read_all)(const float*, int64_t, int);
 };
 
@@ -114,6 +124,7 @@ struct Kernels {
   Status label_scores(const ScoreArgs&);                   \
   Status select_topk(const SelectArgs&);                   \
   Status label_attention(const LabelAttentionArgs&);       \
+  Status linear(const LinearArgs&);                        \
   float read_all(const float* data, int64_t size, int threads); \
   }
 GOSSAMER_DECLARE_KERNELS(baseline)

@@ -18,7 +18,7 @@ namespace {
 #define GOSSAMER_TABLE(isa)                                                                             \
   Kernels {                                                                                             \
     #isa, isa::decode_attention, isa::append_labels, isa::label_scores, isa::select_topk,               \
-        isa::label_attention, isa::read_all                                                             \
+        isa::label_attention, isa::linear, isa::read_all                                                             \
   }
 
 // Slowest first; only what this processor can run.
@@ -66,6 +66,27 @@ class Reader {
   Py_ssize_t at_ = 0;
 };
 
+// A thread is worth waking for this many bytes: it reads them from memory in the time that a team takes to meet.
+constexpr int64_t kBytesPerThread = 1 << 17;
+
+int team(int threads, int64_t bytes) {
+  const int64_t useful = bytes / kBytesPerThread + 1;
+  return useful < threads ? int(useful) : threads;
+}
+
+int element_size(DType dtype) { return dtype == kBFloat16 ? 2 : 4; }
+
+int64_t label_bytes(const LabelCache& c, int64_t batch, int64_t tokens) {
+  const int64_t token = c.kind <= 8 ? c.words * 4 + 8 : c.r * (c.kind == 16 ? 4 : 2);
+  return batch * c.heads * tokens * token;
+}
+
+// What an attention call reads: rows of a dense range, or at most the listed ones.
+int64_t row_bytes(const AttentionArgs& a, bool listed) {
+  const int64_t rows = listed ? a.select_heads * a.k : a.kv_heads * a.ranges.rows;
+  return a.batch * rows * a.dim * 2 * element_size(a.dtype);
+}
+
 template <class Args>
 int call(Status (*kernel)(const Args&), const Args& args) {
   nb::gil_scoped_release release;
@@ -103,7 +124,7 @@ int decode_attention(nb::tuple tensors, nb::tuple optional, nb::tuple strides, n
   a.select_heads = s.next(), a.k = s.next();
   static const int32_t nothing = 0;  // an empty selection has no address, but isn't the absence of one
   if (a.select_heads && !a.indices) a.indices = &nothing;
-  a.scale = scale, a.dtype = DType(dtype), a.threads = threads;
+  a.scale = scale, a.dtype = DType(dtype), a.threads = team(threads, row_bytes(a, a.indices));
   return call(active->decode_attention, a);
 }
 
@@ -129,7 +150,8 @@ int label_scores(nb::tuple cache, nb::tuple description, nb::tuple tensors, nb::
   a.q_batch = r.next(), a.q_head = r.next();
   a.batch = s.next(), a.heads = s.next(), a.kv_heads = s.next(), a.dim = s.next(), a.out_row = s.next();
   a.ranges.rows = int32_t(a.out_row);
-  a.reduce = Reduce(reduce), a.dtype = DType(dtype), a.threads = threads;
+  a.reduce = Reduce(reduce), a.dtype = DType(dtype);
+  a.threads = team(threads, label_bytes(a.labels, a.batch, a.out_row));
   return call(active->label_scores, a);
 }
 
@@ -140,31 +162,115 @@ int select_topk(nb::tuple tensors, nb::tuple strides, nb::tuple sizes, int threa
   a.ranges.starts = t.pointer<int32_t>(), a.ranges.lengths = t.pointer<int32_t>();
   a.s_batch = r.next(), a.s_head = r.next();
   a.batch = s.next(), a.heads = s.next(), a.ranges.rows = int32_t(s.next()), a.k = s.next();
-  a.threads = threads;
+  a.threads = team(threads, a.batch * a.heads * a.ranges.rows * 4);
   return call(active->select_topk, a);
+}
+
+// Completes the scoring arguments from those of the attention, which are the same tensors.
+int attend_labels(LabelAttentionArgs& args, int threads) {
+  AttentionArgs& a = args.attention;
+  ScoreArgs& s = args.score;
+  a.select_heads = s.reduce == kNone ? a.heads : a.kv_heads;
+  a.indices = args.indices, a.counts = args.counts;
+  s.query = a.query, s.ranges = a.ranges, s.q_batch = a.q_batch, s.q_head = a.q_head;
+  s.batch = a.batch, s.heads = a.heads, s.kv_heads = a.kv_heads, s.dim = a.dim, s.dtype = a.dtype;
+  a.threads = s.threads = team(threads, row_bytes(a, true) + label_bytes(s.labels, a.batch, a.ranges.rows));
+  return call(active->label_attention, args);
 }
 
 int label_attention(nb::tuple cache, nb::tuple description, nb::tuple tensors, nb::tuple integers, nb::tuple strides,
                     nb::tuple sizes, int64_t k, float scale, int reduce, bool protect_last, int dtype, int threads) {
   LabelAttentionArgs args{};
   AttentionArgs& a = args.attention;
-  ScoreArgs& s = args.score;
   Reader t(tensors), i(integers);
-  s.labels = label_cache(cache, description);
+  args.score.labels = label_cache(cache, description);
   a.query = t.pointer<void>(), a.key = t.pointer<void>(), a.value = t.pointer<void>(), a.out = t.pointer<void>();
-  s.channels = t.pointer<int32_t>();
+  args.score.channels = t.pointer<int32_t>();
   args.indices = i.pointer<int32_t>(), args.counts = i.pointer<int32_t>();
   a.ranges.starts = i.pointer<int32_t>(), a.ranges.lengths = i.pointer<int32_t>();
   read_strides(Reader(strides), a);
   read_sizes(Reader(sizes), a);
-  a.select_heads = reduce == kNone ? a.heads : a.kv_heads, a.k = k;
-  a.scale = scale, a.dtype = DType(dtype), a.threads = threads;
-  a.indices = args.indices, a.counts = args.counts;
-  s.query = a.query, s.ranges = a.ranges, s.q_batch = a.q_batch, s.q_head = a.q_head;
-  s.batch = a.batch, s.heads = a.heads, s.kv_heads = a.kv_heads, s.dim = a.dim;
-  s.reduce = Reduce(reduce), s.dtype = a.dtype, s.threads = threads;
-  args.protect_last = protect_last;
-  return call(active->label_attention, args);
+  a.k = k, a.scale = scale, a.dtype = DType(dtype);
+  args.score.reduce = Reduce(reduce), args.protect_last = protect_last;
+  return attend_labels(args, threads);
+}
+
+// Attention over one layer's cache, with all that stays the same from step to step unpacked once (ops/prepared.py).
+class Prepared {
+ public:
+  Prepared(nb::tuple tensors, nb::tuple strides, nb::tuple sizes, int dtype) {
+    Reader t(tensors);
+    a_.key = t.pointer<void>(), a_.value = t.pointer<void>();
+    read_strides(Reader(strides), a_);
+    read_sizes(Reader(sizes), a_);
+    a_.dtype = DType(dtype);
+  }
+
+  // Adds a label cache, for attend_labels.
+  void set_labels(nb::tuple cache, nb::tuple description, intptr_t channels, int reduce, bool protect_last) {
+    labels_ = {a_};
+    labels_.score.labels = label_cache(cache, description);
+    labels_.score.channels = reinterpret_cast<const int32_t*>(channels);
+    labels_.score.reduce = Reduce(reduce), labels_.protect_last = protect_last;
+  }
+
+  // All rows of the range, or those listed. Returns how many were listed, or minus a status.
+  int64_t attend(intptr_t query, int64_t q_batch, int64_t q_head, int64_t heads, intptr_t out, intptr_t starts, int32_t length,
+             intptr_t indices, intptr_t counts, int64_t select_heads, int64_t k, float scale, int threads) const {
+    AttentionArgs a = a_;
+    set(a, query, q_batch, q_head, heads, out, starts, length, scale);
+    a.indices = reinterpret_cast<const int32_t*>(indices), a.counts = reinterpret_cast<const int32_t*>(counts);
+    a.select_heads = select_heads, a.k = k;
+    a.threads = team(threads, row_bytes(a, a.indices));
+    const int status = call(active->decode_attention, a);
+    return status ? -status : a.indices ? total(a.counts, a.batch * select_heads) : 0;
+  }
+
+  // Writes the labels of rows [from, to), then scores, selects and attends. Returns how many rows were attended,
+  // over all selections, or minus a status.
+  int64_t attend_labels(intptr_t query, int64_t q_batch, int64_t q_head, int64_t heads, intptr_t out, intptr_t starts,
+                    int32_t length, intptr_t indices, intptr_t counts, int64_t k, float scale, int64_t from, int64_t to,
+                    int threads) const {
+    LabelAttentionArgs args = labels_;
+    if (from < to) {
+      const char* key = static_cast<const char*>(a_.key) + from * a_.k_row * element_size(a_.dtype);
+      const AppendArgs append{args.score.labels, key, args.score.channels, a_.k_batch, a_.k_head, a_.k_row, a_.batch,
+                              a_.kv_heads, to - from, a_.dim, from, a_.dtype, threads};
+      if (const int status = call(active->append_labels, append)) return -status;
+    }
+    set(args.attention, query, q_batch, q_head, heads, out, starts, length, scale);
+    args.indices = reinterpret_cast<int32_t*>(indices), args.counts = reinterpret_cast<int32_t*>(counts);
+    args.attention.k = k;
+    const int status = gossamer::attend_labels(args, threads);
+    return status ? -status : total(args.counts, a_.batch * args.attention.select_heads);
+  }
+
+ private:
+  static int64_t total(const int32_t* counts, int64_t lines) {
+    int64_t sum = 0;
+    for (int64_t i = 0; i < lines; ++i) sum += counts[i];
+    return sum;
+  }
+
+  static void set(AttentionArgs& a, intptr_t query, int64_t q_batch, int64_t q_head, int64_t heads, intptr_t out,
+                  intptr_t starts, int32_t length, float scale) {
+    a.query = reinterpret_cast<const void*>(query), a.out = reinterpret_cast<void*>(out);
+    a.q_batch = q_batch, a.q_head = q_head, a.heads = heads;
+    a.ranges = {reinterpret_cast<const int32_t*>(starts), nullptr, length};
+    a.scale = scale;
+  }
+
+  AttentionArgs a_{};
+  LabelAttentionArgs labels_{};
+};
+
+int linear(intptr_t x, int64_t x_row, intptr_t weight, int64_t w_row, intptr_t bias, intptr_t out, int64_t rows,
+           int64_t columns, int64_t outputs, int dtype, int threads) {
+  LinearArgs a{reinterpret_cast<const void*>(x),    reinterpret_cast<const void*>(weight),
+               reinterpret_cast<const void*>(bias), reinterpret_cast<void*>(out),
+               x_row, w_row, rows, columns, outputs, DType(dtype), threads};
+  a.threads = team(threads, columns * outputs * element_size(a.dtype));
+  return call(active->linear, a);
 }
 
 float read_all(intptr_t data, int64_t size, int threads) {
@@ -192,5 +298,11 @@ NB_MODULE(_native, m) {
   m.def("label_scores", &label_scores);
   m.def("select_topk", &select_topk);
   m.def("label_attention", &label_attention);
+  m.def("linear", &linear);
   m.def("read_all", &read_all);
+  nb::class_<Prepared>(m, "Prepared")
+      .def(nb::init<nb::tuple, nb::tuple, nb::tuple, int>())
+      .def("set_labels", &Prepared::set_labels)
+      .def("attend", &Prepared::attend)
+      .def("attend_labels", &Prepared::attend_labels);
 }

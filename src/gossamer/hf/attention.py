@@ -66,6 +66,15 @@ class LayerView:
     state: Any = None
     prefill_state: Any = None
     cache_state: Any = None
+    prepared: ops.PreparedAttention | None = None
+
+    def attention(self) -> ops.PreparedAttention:
+        """Attention over this layer's rows as they are stored now, prepared for many steps."""
+        key, value = self.kv.key_storage, self.kv.value_storage
+        if self.prepared is None or not self.prepared.fits(key, value):
+            assert key is not None and value is not None
+            self.prepared = ops.PreparedAttention(key, value)
+        return self.prepared
 
     def keep(self, ids: Tensor) -> None:
         """Drop all rows but these, int ``[batch, kv_heads, n]`` ascending per head (see `KVLayer.keep`).
@@ -84,22 +93,22 @@ class LayerView:
 
     def dense_decode(self, query: Tensor, length: int) -> Tensor:
         """Attend to every visible row, and count what that reads."""
-        key, value = self.rows(length)
-        key, value = key.to(query.device), value.to(query.device)
+        attention = self.attention()
         visible = min(length, self.window) if self.window else length
-        self.count(visible * key.shape[0] * key.shape[1], length)
-        return dense_decode(query, key, value, self.scale, self.starts, self.window)
+        self.count(visible * attention.batch * attention.kv_heads, length)
+        if visible < length:
+            key, value = attention.rows(length, query.device)
+            return dense_decode(query, key, value, self.scale, self.starts, self.window)
+        return attention.dense(query, length, scale=self.scale, starts=self.starts)
 
     def row_bytes(self) -> int:
         """Bytes of one key row and one value row."""
-        assert self.kv.key_storage is not None
-        return 2 * self.kv.key_storage.shape[3] * self.kv.key_storage.element_size()
+        return self.attention().row_bytes
 
     def count(self, rows: int, length: int, score_bytes: int = 0) -> None:
         """Account for one decode step of this layer that read `rows` key–value rows."""
-        assert self.kv.key_storage is not None
-        stats, row_bytes = self.runtime.stats, self.row_bytes()
-        dense_rows = length * self.kv.key_storage.shape[0] * self.kv.key_storage.shape[1]
+        attention, stats = self.attention(), self.runtime.stats
+        row_bytes, dense_rows = attention.row_bytes, length * attention.batch * attention.kv_heads
         stats.steps += 1
         stats.rows += rows
         stats.dense_rows += dense_rows
@@ -107,12 +116,18 @@ class LayerView:
         stats.dense_bytes += dense_rows * row_bytes
         stats.score_bytes += score_bytes
 
-    def count_selected(self, indices: Tensor, counts: Tensor, length: int, score_bytes: int = 0) -> None:
-        """Account for a selection, and keep it when the runtime records selections."""
-        runtime = self.runtime
-        if runtime.trace is not None:
-            runtime.trace.append((self.index, length, indices.detach().clone(), counts.detach().clone()))
-        self.count(int(counts.sum()), length, score_bytes)
+    def record(self, indices: Tensor, counts: Tensor, length: int) -> None:
+        """Keep a selection where the runtime records them."""
+        trace = self.runtime.trace
+        if trace is not None:
+            trace.append((self.index, length, indices.detach().clone(), counts.detach().clone()))
+
+    def count_selected(
+        self, indices: Tensor, counts: Tensor, length: int, score_bytes: int = 0, rows: int | None = None
+    ) -> None:
+        """Account for a selection of `rows` (default: the sum of `counts`), and record it."""
+        self.record(indices, counts, length)
+        self.count(int(counts.sum()) if rows is None else rows, length, score_bytes)
 
 
 def _groups(query: Tensor, kv_heads: int) -> Tensor:
@@ -333,10 +348,8 @@ class AttentionRuntime:
         view.starts = starts if not kv.dropped else kv.starts if starts is not None else None
         return view
 
-    def _padding(self, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def _padding(self, mask: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Split a padding mask ``[batch, length]`` into `starts` (left padding) or a mask for anything else."""
-        if mask is None:
-            return None, None
         if self._mask[0] is mask:  # one mask serves all layers of a forward
             return self._mask[1], self._mask[2]
         starts: Tensor | None = None
@@ -365,16 +378,16 @@ class AttentionRuntime:
         dropout: float,
     ) -> Tensor:
         """Attention of one block of one forward; returns ``[batch, heads, new, head_dim]``."""
-        starts, holes = self._padding(mask)
+        starts, holes = (None, None) if mask is None else self._padding(mask)
         new, length = query.shape[2], key.shape[2]
-        differentiable = torch.is_grad_enabled() and query.requires_grad
+        differentiable = query.requires_grad and torch.is_grad_enabled()
         if holes is not None or softcap is not None or differentiable:
             return self._exact(query, key, value, scale, starts, window, softcap, holes, dropout)
         layer = self._layer(module, scale, window, starts)
         if layer is None:
             return dense_attention(query, key, value, scale, starts=starts, window=window, dropout=dropout)
         if new == 1:
-            out = self._step(layer, query[:, :, 0], length).unsqueeze(2)
+            out = self._step(layer, query.squeeze(2), length).unsqueeze(2)
         elif self.teacher_forced:
             out = self._steps(layer, query, length)
         else:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from gossamer import ops
 from gossamer.hf.offload import Allocator
 
 if TYPE_CHECKING:
@@ -118,7 +117,6 @@ class SelectingPolicy(DecodePolicy):
         if self.is_dense(layer, length):
             return layer.dense_decode(query, length)
         indices, counts = self.select(layer, query, length)
-        key, value = layer.rows(length)
-        out = ops.decode_attention(query, key, value, indices=indices, counts=counts, scale=layer.scale)
-        layer.count_selected(indices, counts, length, self.score_bytes(layer, length))
+        out, rows = layer.attention().listed(query, length, indices, counts, scale=layer.scale)
+        layer.count_selected(indices, counts, length, self.score_bytes(layer, length), rows)
         return out

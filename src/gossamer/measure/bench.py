@@ -23,7 +23,16 @@ from gossamer import ops
 from gossamer.errors import InputError, UnknownNameError
 from gossamer.measure.bandwidth import ReadBandwidth
 
-OPERATORS = ("decode_attention", "label_attention", "label_scores", "select_topk")
+OPERATORS = ("decode_attention", "label_attention", "label_scores", "linear", "select_topk")
+#: Weights [inputs, outputs] that ``linear`` is timed on, and the rows of x.
+WEIGHTS = {
+    "SmolLM2 up": (576, 1536),
+    "SmolLM2 down": (1536, 576),
+    "SmolLM2 head": (576, 49152),
+    "Llama-2-7B up": (4096, 11008),
+    "Llama-2-7B down": (11008, 4096),
+}
+ROWS = (1, 4, 8)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -57,7 +66,8 @@ def run(
     ----------
     op
         ``decode_attention`` (torch SDPA, our dense kernel, Double Sparsity), ``label_attention`` (the same cases and
-        each reduction), ``label_scores`` or ``select_topk``.
+        each reduction), ``label_scores``, ``select_topk``, or ``linear`` (the weights in ``WEIGHTS`` times 1, 4 and 8
+        rows; contexts and the shape of the attention don't matter to it).
     contexts
         Cached tokens.
     dtypes
@@ -79,7 +89,7 @@ def run(
     (interquartile range over median), ``ratio_to_native_dense, ratio_to_torch`` (how many times faster than that
     variant, medians over the run; None where the case has none), ``bytes`` (what must be read), ``bandwidth`` (bytes
     per second of a plain read in this run) and ``bandwidth_share`` (bytes over median time over bandwidth; can exceed 1
-    where data stays in a cache).
+    where data stays in a cache). ``linear`` has ``weight, inputs, outputs, rows`` in place of the context and heads.
 
     Raises
     ------
@@ -96,7 +106,19 @@ def run(
     if min(contexts, default=0) < 1 or kv_heads < 1 or heads % kv_heads or repeats < 1:
         raise InputError("bench: contexts and repeats must be positive and heads a multiple of kv_heads")
     probe = ReadBandwidth()
-    rows = []
+    rows: list[dict[str, Any]] = []
+    if op == "linear":
+        for dtype in dtypes:
+            for name, (inputs, outputs) in WEIGHTS.items():
+                if progress:
+                    progress(f"{op} {dtype}: {name}")
+                torch.manual_seed(seed)
+                for count in ROWS:
+                    variants, tiny = (_products(DTYPES[dtype], count, inputs, n) for n in (outputs, 16))
+                    times, bandwidth = _interleave(variants, tiny, repeats, probe)
+                    shape = {"weight": name, "inputs": inputs, "outputs": outputs, "rows": count}
+                    rows += _rows({"op": op, "dtype": dtype, **shape}, variants, times, bandwidth)
+        return rows
     for dtype in dtypes[:1] if op == "select_topk" else dtypes:
         for context in contexts:
             if progress:
@@ -127,6 +149,15 @@ def synthetic_cache(context: int, kv_heads: int, head_dim: int, dtype: torch.dty
         drift = torch.sin(position * frequency + phase)
         key[0, :, begin : begin + 4096] = (strength * (drift + torch.randn_like(drift))).to(dtype)
     return key, value
+
+
+def _products(dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> list[Variant]:
+    x, weight = torch.randn(rows, inputs).to(dtype), (torch.randn(outputs, inputs) / inputs**0.5).to(dtype)
+    nbytes = weight.numel() * weight.element_size()
+    return [
+        Variant("torch-linear", lambda: torch.nn.functional.linear(x, weight), nbytes),
+        Variant("native", lambda: ops.linear(x, weight), nbytes),
+    ]
 
 
 class _Case:

@@ -5,11 +5,15 @@ from gossamer.ops._dispatch import available_backends, available_isas, set_isa, 
 from gossamer.ops.decode_attention import decode_attention, merge_attention
 from gossamer.ops.label_attention import label_attention
 from gossamer.ops.labels import LabelCache, append_labels, label_scores
+from gossamer.ops.linear import linear
 from gossamer.ops.memory import advise_huge_pages
+from gossamer.ops.prepared import PreparedAttention, PreparedLabelAttention
 from gossamer.ops.select_topk import select_topk
 
 __all__ = [
     "LabelCache",
+    "PreparedAttention",
+    "PreparedLabelAttention",
     "advise_huge_pages",
     "append_labels",
     "available_backends",
@@ -17,6 +21,7 @@ __all__ = [
     "decode_attention",
     "label_attention",
     "label_scores",
+    "linear",
     "merge_attention",
     "select_topk",
     "set_isa",

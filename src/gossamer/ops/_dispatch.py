@@ -56,7 +56,7 @@ def native() -> Any:
     except ImportError as error:
         _log.debug("no native kernels: %s", error)
         return None
-    return module if hasattr(module, "label_attention") else None
+    return module if hasattr(module, "Prepared") else None
 
 
 @cache
@@ -137,6 +137,11 @@ def resolve(op: str, module: str, tensor: Tensor, *others: Tensor | None) -> Bac
             return "triton"
         _say_once(f"{op}: no Triton kernel for {tensor.dtype} here; using the PyTorch reference")
     return "reference"
+
+
+def is_forced() -> bool:
+    """Whether the user chose a backend, so that shortcuts past :func:`resolve` are closed."""
+    return (_override or "auto") != "auto" or _VARIABLE in _environ
 
 
 def _forced(name: str, op: str, module: str, tensor: Tensor) -> Backend:

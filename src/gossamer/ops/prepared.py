@@ -1,0 +1,279 @@
+"""Attention over one layer's cache, prepared once for many decode steps.
+
+The operators check and unpack their arguments at every call. In a decode loop, whose weights push everything else out of
+the processor's caches from layer to layer, this costs several times what a short attention does. Here all that stays the
+same between steps (storage, label cache, channels) is checked and unpacked when the object is made, and a step is one
+native call. Wherever the native kernels would not run, the call goes to the operator and means the same.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gossamer.ops import _checks, _dispatch
+from gossamer.ops._dispatch import DTYPE_CODES, native
+from gossamer.ops.decode_attention import decode_attention
+from gossamer.ops.label_attention import Selection, label_attention
+from gossamer.ops.labels import REDUCE_CODES, LabelCache, Reduce, _native_cache, append_labels, native_takes
+
+
+class PreparedAttention:
+    """Attention over the first rows of the storage of one layer.
+
+    Parameters
+    ----------
+    key, value
+        [B, Hkv, capacity, d], as they are stored. Neither may be resized or moved while this object is in use.
+
+    >>> key, value = torch.zeros(1, 1, 16, 4), torch.ones(1, 1, 16, 4)
+    >>> attention = PreparedAttention(key, value)
+    >>> attention.dense(torch.zeros(1, 2, 4), 5, scale=0.5)[0, 1]
+    tensor([1., 1., 1., 1.])
+    """
+
+    def __init__(self, key: Tensor, value: Tensor) -> None:
+        self.key, self.value = key, value
+        self.dtype = key.dtype
+        self.batch, self.kv_heads, self.capacity, self.dim = key.shape
+        self.row_bytes = 2 * self.dim * key.element_size()
+        """Bytes of one key row and one value row."""
+        self._shape: torch.Size | None = None  # of the queries that were seen to fit
+        self._native: Any = None
+        module = native()
+        known = key.is_cpu and value.is_cpu and key.dtype in DTYPE_CODES and value.dtype is key.dtype
+        known = known and not key.requires_grad and not value.requires_grad
+        if module is not None and known and key.stride(-1) == value.stride(-1) == 1 and key.shape == value.shape:
+            self._native = module.Prepared(
+                (key.data_ptr(), value.data_ptr()),
+                (0, 0, *key.stride()[:3], *value.stride()[:3]),
+                (self.batch, 0, self.kv_heads, self.capacity, self.dim),
+                DTYPE_CODES[key.dtype],
+            )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.key, self.value)
+
+    def fits(self, key: Tensor | None, value: Tensor | None) -> bool:
+        """Whether this was made for these tensors."""
+        return key is self.key and value is self.value
+
+    def rows(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The first rows: views, or copies where the storage is on another device."""
+        return self.key.narrow(2, 0, length).to(device), self.value.narrow(2, 0, length).to(device)
+
+    def _takes(self, query: Tensor, length: int, starts: Tensor | None) -> bool:
+        """Whether the shortcut is open for this call; False leaves every judgement to the operator."""
+        if self._native is None or query.dtype is not self.dtype or query.requires_grad or not query.is_cpu:
+            return False
+        shape = query.shape
+        if shape != self._shape:
+            if len(shape) != 3 or shape[0] != self.batch or shape[2] != self.dim or shape[1] % self.kv_heads:
+                return False
+            self._shape = shape
+        if starts is not None and (
+            starts.dtype is not torch.int32 or len(starts) != self.batch or not starts.is_contiguous()
+        ):
+            return False
+        return 0 <= length <= self.capacity and not _dispatch.is_forced() and not torch.compiler.is_compiling()
+
+    def dense(self, query: Tensor, length: int, *, scale: float, starts: Tensor | None = None) -> Tensor:
+        """Attend rows [starts, length) as :func:`~gossamer.ops.decode_attention.decode_attention` does."""
+        if not self._takes(query, length, starts):
+            return decode_attention(query, *self.rows(length, query.device), starts=starts, scale=scale)
+        return self._attend(query, length, scale, starts, (0, 0, 0, 0))[0]
+
+    def listed(
+        self,
+        query: Tensor,
+        length: int,
+        indices: Tensor,
+        counts: Tensor,
+        *,
+        scale: float,
+        starts: Tensor | None = None,
+    ) -> tuple[Tensor, int]:
+        """Attend listed rows only; arguments as in :func:`~gossamer.ops.decode_attention.decode_attention`.
+
+        Returns
+        -------
+        The output, and how many rows were read: the sum of the counts.
+        """
+        shape = indices.shape
+        if (
+            not self._takes(query, length, starts)
+            or indices.dtype is not torch.int32
+            or counts.dtype is not torch.int32
+            or not (indices.is_cpu and counts.is_cpu and indices.is_contiguous() and counts.is_contiguous())
+            or len(shape) != 3
+            or shape[0] != self.batch
+            or shape[1] not in (query.shape[1], self.kv_heads)
+            or not shape[2]
+            or counts.shape != shape[:2]
+        ):
+            key, value = self.rows(length, query.device)
+            out = decode_attention(query, key, value, indices=indices, counts=counts, starts=starts, scale=scale)
+            return out, int(counts.sum())
+        return self._attend(query, length, scale, starts, (indices.data_ptr(), counts.data_ptr(), *shape[1:]))
+
+    def _attend(
+        self, query: Tensor, length: int, scale: float, starts: Tensor | None, chosen: tuple[int, ...]
+    ) -> tuple[Tensor, int]:
+        query = _checks.row_major(query)
+        out = torch.empty(query.shape, dtype=self.dtype)
+        strides = query.stride()
+        read = self._native.attend(
+            query.data_ptr(),
+            strides[0],
+            strides[1],
+            query.shape[1],
+            out.data_ptr(),
+            0 if starts is None else starts.data_ptr(),
+            length,
+            *chosen,
+            scale,
+            torch.get_num_threads(),
+        )
+        if read < 0:
+            _checks.raise_status("decode_attention", -read)
+        return out, read
+
+
+class PreparedLabelAttention(PreparedAttention):
+    """:class:`PreparedAttention` with a label cache: :func:`~gossamer.ops.label_attention.label_attention` in one call
+    that first writes the labels of the newest rows.
+
+    Parameters
+    ----------
+    key, value
+        As in :class:`PreparedAttention`.
+    channels
+        int32 [Hlab, r].
+    labels
+        The label cache, until a larger one replaces it.
+    select, reduce, protect_last
+        As in :func:`~gossamer.ops.label_attention.label_attention`.
+    """
+
+    def __init__(
+        self,
+        key: Tensor,
+        value: Tensor,
+        channels: Tensor,
+        labels: LabelCache,
+        *,
+        select: Selection = "kv_head",
+        reduce: Reduce | None = None,
+        protect_last: bool = True,
+    ) -> None:
+        super().__init__(key, value)
+        self.channels, self.labels = channels, labels
+        self.select, self.protect_last = select, protect_last
+        self.reduce: Reduce = reduce or ("sum" if select == "kv_head" else "none")
+        self._buffer: Tensor | None = None
+        self._chosen: tuple[Tensor, Tensor] | None = None
+        self._lines = self._k = 0
+        sound = (
+            channels.dtype is torch.int32
+            and channels.is_contiguous()
+            and channels.shape == (labels.heads, labels.r)
+            and channels.is_cpu
+            and labels.codes.is_cpu
+            and labels.codes.shape[0] == self.batch
+            and labels.heads % self.kv_heads == 0
+            and (self.reduce == "none") is (select == "query_head")
+            and (labels.bits < 16 or labels.codes.dtype is key.dtype)
+            and native_takes(labels)
+        )
+        if self._native is None or not sound:
+            self._native = None
+            return
+        self.capacity = min(self.capacity, labels.capacity)
+        self._native.set_labels(
+            *_native_cache(labels), channels.data_ptr(), REDUCE_CODES[self.reduce], self.protect_last
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        how: dict[str, Any] = {"select": self.select, "reduce": self.reduce, "protect_last": self.protect_last}
+        return partial(type(self), **how), (self.key, self.value, self.channels, self.labels)
+
+    def attend(
+        self,
+        query: Tensor,
+        length: int,
+        k: int,
+        *,
+        append: tuple[int, int] = (0, 0),
+        scale: float,
+        starts: Tensor | None = None,
+    ) -> tuple[Tensor, int]:
+        """Write the labels of rows [append[0], append[1]), then attend the best ``k`` of the first ``length`` rows.
+
+        Returns
+        -------
+        The output, and how many rows were read, over all selections. What was selected is at :attr:`chosen`.
+        """
+        first, stop = append
+        takes = self._takes(query, length, starts) and k > 0 and first >= 0 and stop <= self.capacity
+        heads = query.shape[1]
+        if not takes or self.labels.codes.shape[1] not in (heads, self.kv_heads):
+            if first < stop:
+                append_labels(self.labels, self.key.narrow(2, first, stop - first), self.channels, first)
+            out, indices, counts = label_attention(
+                query,
+                *self.rows(length, query.device),
+                self.channels,
+                self.labels,
+                k,
+                starts=starts,
+                scale=scale,
+                select=self.select,
+                reduce=self.reduce,
+                protect_last=self.protect_last,
+            )
+            self._chosen = indices, counts
+            return out, int(counts.sum())
+        query = _checks.row_major(query)
+        lines = self.batch * (heads if self.select == "query_head" else self.kv_heads)
+        if self._buffer is None or self._buffer.shape[0] < lines * (k + 1):
+            with torch.inference_mode(False):
+                self._buffer = torch.empty(lines * (k + k // 4 + 16), dtype=torch.int32)
+        self._lines, self._k, self._chosen = lines, k, None
+        indices_at = self._buffer.data_ptr()
+        out = torch.empty(query.shape, dtype=self.dtype)
+        strides = query.stride()
+        read = self._native.attend_labels(
+            query.data_ptr(),
+            strides[0],
+            strides[1],
+            heads,
+            out.data_ptr(),
+            0 if starts is None else starts.data_ptr(),
+            length,
+            indices_at,
+            indices_at + 4 * lines * k,  # the counts lie behind them
+            k,
+            scale,
+            first,
+            stop,
+            torch.get_num_threads(),
+        )
+        if read < 0:
+            _checks.raise_status("label_attention", -read)
+        return out, read
+
+    @property
+    def chosen(self) -> tuple[Tensor, Tensor]:
+        """Indices and counts of the last call, as :func:`~gossamer.ops.label_attention.label_attention` returns them.
+
+        Views of a buffer that the next call overwrites.
+        """
+        if self._chosen is None:
+            assert self._buffer is not None
+            size = self._lines * self._k
+            indices = self._buffer[:size].view(self.batch, -1, self._k)
+            self._chosen = indices, self._buffer[size : size + self._lines].view(self.batch, -1)
+        return self._chosen
