@@ -560,5 +560,5 @@ def test_it_stacks_with_other_phases_and_refuses_the_same() -> None:
     with attach(MODEL, both) as handle:
         stream.feed(handle, 40, 1, 1)
         assert handle.runtime.stats.steps == 6
-    with pytest.raises(RecipeError, match="both claim the decode"):
+    with pytest.raises(RecipeError, match="both claim attention in decode"):
         attach(MODEL, [(TokenSelect(**SMALL), None), both[1]])

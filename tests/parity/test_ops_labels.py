@@ -143,3 +143,28 @@ def test_bad_channels_raise(isa, bad):
                 ops.append_labels(cache, torch.zeros(1, 1, 4, 16), ids, 0)
             with pytest.raises(InputError, match="channels"):
                 ops.label_scores(torch.zeros(1, 2, 16), ids, cache, 4)
+
+
+@pytest.mark.parametrize("select", ["kv_head", "query_head"])
+@pytest.mark.parametrize("kv_heads", [1, 3, 4])
+def test_threads_do_not_change_what_is_selected(isa, kv_heads, select):
+    """Heads that go to threads whole, and heads that are cut among them."""
+    torch.manual_seed(kv_heads)
+    rows = 20000
+    query = torch.randn(1, 2 * kv_heads, 32)
+    key, value = torch.randn(1, kv_heads, rows, 32), torch.randn(1, kv_heads, rows, 32)
+    key[:, :, 1000:1200] = key[:, :, 900:901]  # ties
+    channels = torch.arange(8, dtype=torch.int32).expand(kv_heads, -1).contiguous()
+    labels = ops.LabelCache.allocate(1, kv_heads, rows, 8, 4)
+    ops.append_labels(labels, key, channels, 0)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(ops.label_attention(query, key, value, channels, labels, 1500, select=select))
+    with ops.use_backend("reference"):
+        out, indices, counts = ops.label_attention(query, key, value, channels, labels, 1500, select=select)
+    for ours in results:
+        assert torch.equal(ours[1], results[0][1])
+        assert torch.equal(ours[2], counts)
+        torch.testing.assert_close(ours[0], out, atol=2e-5, rtol=2e-5)
+    assert (results[0][1] == indices).float().mean() > 0.999  # rounding may swap two that are nearly equal

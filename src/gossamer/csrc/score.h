@@ -135,11 +135,15 @@ class Scorer {
 
   // Scores chunks of tokens until none is left.
   void run() {
+    const int64_t lines = out_heads / a.kv_heads;
     for (int64_t i; (i = queue.next()) < a.batch * a.kv_heads * chunks;) {
-      const int64_t b = i / chunks / a.kv_heads, kv = i / chunks % a.kv_heads, first = i % chunks * chunk_tiles;
-      chunk(b, kv, first, imin(first + chunk_tiles, tiles));
+      const int64_t unit = i / chunks, first = i % chunks * chunk_tiles;
+      chunk(unit / a.kv_heads, unit % a.kv_heads, first, imin(first + chunk_tiles, tiles), a.out + unit * lines * a.out_row);
     }
   }
+
+  // Scores all tokens for one KV head of one sequence, into the lines that belong to it.
+  void whole(int64_t b, int64_t kv, float* out) { chunk(b, kv, 0, tiles, out); }
 
  private:
   enum Mode { kStore, kJoinMax, kJoinSum };
@@ -171,13 +175,12 @@ class Scorer {
     }
   }
 
-  void chunk(int64_t b, int64_t kv, int64_t first, int64_t last) {
+  void chunk(int64_t b, int64_t kv, int64_t first, int64_t last, float* lines) {
     const int64_t share = a.labels.heads / a.kv_heads;  // label heads that belong to this KV head
     for (int64_t s = 0; s < share; ++s) {
       const int64_t label = kv * share + s;
-      const int64_t out_head = a.reduce == kNone ? label * label_queries : kv;
       for (int64_t g = 0; g < label_queries; g += 4) {
-        float* out = a.out + (b * out_heads + out_head + (a.reduce == kNone ? g : 0)) * a.out_row;
+        float* out = lines + (a.reduce == kNone ? s * label_queries + g : 0) * a.out_row;
         const Mode mode = a.reduce == kNone || (s == 0 && g == 0) ? kStore : a.reduce == kMax ? kJoinMax : kJoinSum;
         const LabelQuery* q = queries + (b * a.labels.heads + label) * label_queries + g;
         switch (imin(label_queries - g, 4)) {

@@ -60,7 +60,9 @@ struct Selector {
     }
   }
 
-  // Collects ids (from `begin` on) and keys of the scores >= threshold; -inf and NaN never pass.
+  // Collects ids (from `begin` on) and keys of the scores >= threshold; -inf and NaN never pass. `Rare` skips vectors without
+  // any; where most vectors have some, the branch costs more than the work that it saves.
+  template <bool Rare>
   int64_t collect(const float* scores, int64_t begin, int64_t end, float threshold) {
     int64_t found = 0, i = begin;
 #if defined(GOSSAMER_AVX512)
@@ -71,7 +73,7 @@ struct Selector {
       const __mmask16 valid = end - i >= 16 ? 0xffff : (1u << (end - i)) - 1;
       const __m512 x = _mm512_add_ps(_mm512_maskz_loadu_ps(valid, scores + i), _mm512_setzero_ps());
       const __mmask16 pass = _mm512_mask_cmp_ps_mask(_mm512_mask_cmp_ps_mask(valid, x, least, _CMP_GE_OQ), x, nothing, _CMP_GT_OQ);
-      if (!pass) continue;
+      if (Rare && !pass) continue;
       // Compressing into a register and storing it whole is far cheaper than a compressing store.
       const __m512i u = _mm512_castps_si512(x);
       const __m512i key = _mm512_xor_si512(u, _mm512_or_si512(_mm512_srai_epi32(u, 31), sign));
@@ -100,6 +102,29 @@ struct Selector {
     return found;
   }
 
+  // Writes the ids of the candidates whose key is above `last`, and of the first `equal` whose key is `last`: k in all.
+  void keep([[maybe_unused]] int64_t found, int64_t k, uint32_t last, int64_t equal, int32_t* out) {
+    int64_t kept = 0, i = 0;
+#if defined(GOSSAMER_AVX512)
+    const __m512i limit = _mm512_set1_epi32(int32_t(last));
+    for (; i + 16 <= found && kept + 16 <= k; i += 16) {
+      const __m512i key = _mm512_loadu_si512(keys + i);
+      const __mmask16 tie = _mm512_cmpeq_epu32_mask(key, limit);
+      if (__builtin_popcount(tie) > equal) break;  // the ties run out in here
+      equal -= __builtin_popcount(tie);
+      const __mmask16 pass = _mm512_cmpgt_epu32_mask(key, limit) | tie;
+      _mm512_storeu_si512(out + kept, _mm512_maskz_compress_epi32(pass, _mm512_loadu_si512(ids + i)));
+      kept += __builtin_popcount(pass);
+    }
+#endif
+    for (; kept < k; ++i) {
+      out[kept] = ids[i];
+      const bool tie = keys[i] == last;
+      kept += int(keys[i] > last) | (int(tie) & int(equal > 0));
+      equal -= tie;
+    }
+  }
+
   // Writes the ids of the k best of scores[begin .. end) to out[0 .. k), zeros behind the last; returns how many.
   int64_t select(const float* scores, int64_t begin, int64_t end, int64_t k, int32_t* out) {
     const int64_t size = end - begin;
@@ -119,7 +144,7 @@ struct Selector {
         for (int64_t root = 1; rank < expected + slack * root && rank < sampled; ++rank) root += root * root < expected;
         if (rank < sampled) threshold = from_order_key(nth_largest(sampled, rank, equal));
       }
-      found = collect(scores, begin, end, threshold);
+      found = k < size / 64 ? collect<true>(scores, begin, end, threshold) : collect<false>(scores, begin, end, threshold);
       if (found >= k || threshold == -kInf) break;
     }
     if (found <= k) {
@@ -129,13 +154,7 @@ struct Selector {
     }
     std::memcpy(work, keys, size_t(found) * sizeof(uint32_t));
     const uint32_t last = nth_largest(found, k, equal);
-    int64_t kept = 0;
-    for (int64_t i = 0; kept < k; ++i) {
-      out[kept] = ids[i];
-      const bool tie = keys[i] == last;
-      kept += keys[i] > last || (tie && equal > 0);
-      equal -= tie;
-    }
+    keep(found, k, last, equal, out);
     return k;
   }
 };
