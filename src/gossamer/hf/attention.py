@@ -430,7 +430,7 @@ class AttentionRuntime:
     ) -> Tensor:
         """The cases that kernels do not serve: gaps in the padding, capped scores, gradients."""
         if holes is not None:
-            if self.decode is not None or self.prefill is not None:
+            if self.decode is not None or self.prefill is not None or self.cache is not None:
                 self.say_once("the attention mask is not plain left padding: attention is dense")
             new, length = query.shape[2], key.shape[2]
             if holes.ndim == 2:
@@ -438,7 +438,7 @@ class AttentionRuntime:
                 holes = holes | torch.eye(length, dtype=torch.bool, device=query.device)[length - new :]
             elif holes.dtype != torch.bool:
                 holes = holes == 0
-        elif self.decode is not None or self.prefill is not None:
+        elif self.decode is not None or self.prefill is not None or self.cache is not None:
             if softcap is not None:
                 self.say_once("this model caps its attention scores: attention is dense")
             elif not self.model.training:
