@@ -324,6 +324,12 @@ class HipAttention(AttentionMethod):
         """A policy for blocks of queries, unless only decode was asked for."""
         return None if self.phases == "decode" else HipPolicy(self)
 
+    def with_rows(self, rows: int) -> HipAttention:
+        """Half of the rows searched for; the window and the sinks share the other half, where their own sizes are larger."""
+        sink = min(self.sink, rows // 8)
+        window = max(1, min(self.window, rows // 2 - sink))
+        return self.model_copy(update={"tokens": max(1, rows - window - sink), "window": window, "sink": sink})
+
     def io_bytes(self, length: int, shape: ModelShape, element_size: int) -> dict[str, int]:
         """Rows per query head (a step halfway between two searches) and the keys that a search scores, spread over `refresh`.
 
