@@ -31,6 +31,7 @@ def test_kernels_compile_for_an_h100(tmp_path):
         "_select",
         "_append",
         "_score",
+        "_key_scores",
     }
 
 
@@ -41,6 +42,7 @@ def main():
     from triton.runtime.jit import JITFunction
 
     from gossamer.gpu.decode_attention import decode_attention
+    from gossamer.gpu.key_scores import key_scores
     from gossamer.gpu.labels import append_labels, label_scores
     from gossamer.gpu.select_topk import select_topk
     from gossamer.ops import LabelCache
@@ -73,6 +75,8 @@ def main():
         query, key = torch.zeros(2, 16, dim, dtype=dtype), torch.zeros(2, 4, 2048, dim, dtype=dtype)
         decode_attention(query, key, key, starts=ids(2), lengths=ids(2), scale=1.0)
         decode_attention(query, key, key, indices=ids(2, 4, 256), counts=ids(2, 4), scale=1.0)
+        for reduce in ("none", "max", "sum"):
+            key_scores(query, key, starts=ids(2), lengths=ids(2), reduce=reduce)
     decode_attention(query, key, key, indices=ids(2, 16, 64), scale=1.0)
     select_topk(torch.zeros(2, 4, 500), 256, starts=ids(2), lengths=ids(2))
     select_topk(torch.zeros(1, 4, 200000), 256)  # in chunks

@@ -23,6 +23,7 @@ from gossamer.ops import (  # noqa: E402
     LabelCache,
     append_labels,
     decode_attention,
+    key_scores,
     label_attention,
     label_scores,
     select_topk,
@@ -301,6 +302,15 @@ def test_label_attention(select, reduce, per_query_head, bits, k, protect, ragge
     assert torch.equal(ids, got_ids)
     assert torch.equal(counts, got_counts)
     close(want, got, F32)
+
+
+@pytest.mark.parametrize("reduce", ["none", "max", "sum"])
+@pytest.mark.parametrize(("dim", "heads", "kv_heads", "rows", "dtype"), [(64, 6, 2, 300, F32), (80, 3, 3, 129, BF16)])
+def test_key_scores(dim, heads, kv_heads, rows, dtype, reduce):
+    query, key = torch.randn(2, heads, dim).to(dtype), cache(2, kv_heads, rows, dim, dtype)
+    starts, lengths = ints(0, 17), ints(rows - 2, rows)
+    want, got = both(lambda: key_scores(query, key, starts=starts, lengths=lengths, reduce=reduce))
+    torch.testing.assert_close(got, want, atol=TOLERANCE[dtype] * 4, rtol=1e-4)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")

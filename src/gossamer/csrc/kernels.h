@@ -81,6 +81,17 @@ struct ScoreArgs {
   int threads;
 };
 
+struct KeyScoreArgs {
+  const void *query, *key;  // [B,H,d], [B,Hkv,S,d]
+  float* out;               // [B,Hsel,S]
+  Ranges ranges;            // rows = S
+  int64_t q_batch, q_head, k_batch, k_head, k_row;
+  int64_t batch, heads, kv_heads, dim;
+  Reduce reduce;
+  DType dtype;
+  int threads;
+};
+
 struct SelectArgs {
   const float* scores;  // [B,H,S]
   int32_t *indices, *counts;  // [B,H,k], [B,H]
@@ -111,6 +122,7 @@ struct Kernels {
   Status (*decode_attention)(const AttentionArgs&);
   Status (*append_labels)(const AppendArgs&);
   Status (*label_scores)(const ScoreArgs&);
+  Status (*key_scores)(const KeyScoreArgs&);
   Status (*select_topk)(const SelectArgs&);
   Status (*label_attention)(const LabelAttentionArgs&);
   Status (*linear)(const LinearArgs&);
@@ -122,6 +134,7 @@ struct Kernels {
   Status decode_attention(const AttentionArgs&);           \
   Status append_labels(const AppendArgs&);                 \
   Status label_scores(const ScoreArgs&);                   \
+  Status key_scores(const KeyScoreArgs&);                  \
   Status select_topk(const SelectArgs&);                   \
   Status label_attention(const LabelAttentionArgs&);       \
   Status linear(const LinearArgs&);                        \

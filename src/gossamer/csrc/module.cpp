@@ -17,7 +17,7 @@ namespace {
 
 #define GOSSAMER_TABLE(isa)                                                                             \
   Kernels {                                                                                             \
-    #isa, isa::decode_attention, isa::append_labels, isa::label_scores, isa::select_topk,               \
+    #isa, isa::decode_attention, isa::append_labels, isa::label_scores, isa::key_scores, isa::select_topk,               \
         isa::label_attention, isa::linear, isa::read_all                                                             \
   }
 
@@ -153,6 +153,18 @@ int label_scores(nb::tuple cache, nb::tuple description, nb::tuple tensors, nb::
   a.reduce = Reduce(reduce), a.dtype = DType(dtype);
   a.threads = team(threads, label_bytes(a.labels, a.batch, a.out_row));
   return call(active->label_scores, a);
+}
+
+int key_scores(nb::tuple tensors, nb::tuple strides, nb::tuple sizes, int reduce, int dtype, int threads) {
+  KeyScoreArgs a{};
+  Reader t(tensors), r(strides), s(sizes);
+  a.query = t.pointer<void>(), a.key = t.pointer<void>(), a.out = t.pointer<float>();
+  a.ranges.starts = t.pointer<int32_t>(), a.ranges.lengths = t.pointer<int32_t>();
+  a.q_batch = r.next(), a.q_head = r.next(), a.k_batch = r.next(), a.k_head = r.next(), a.k_row = r.next();
+  a.batch = s.next(), a.heads = s.next(), a.kv_heads = s.next(), a.ranges.rows = int32_t(s.next()), a.dim = s.next();
+  a.reduce = Reduce(reduce), a.dtype = DType(dtype);
+  a.threads = team(threads, a.batch * a.kv_heads * a.ranges.rows * a.dim * element_size(a.dtype));
+  return call(active->key_scores, a);
 }
 
 int select_topk(nb::tuple tensors, nb::tuple strides, nb::tuple sizes, int threads) {
@@ -296,6 +308,7 @@ NB_MODULE(_native, m) {
   m.def("decode_attention", &decode_attention);
   m.def("append_labels", &append_labels);
   m.def("label_scores", &label_scores);
+  m.def("key_scores", &key_scores);
   m.def("select_topk", &select_topk);
   m.def("label_attention", &label_attention);
   m.def("linear", &linear);

@@ -3,6 +3,7 @@ faster kernels."""
 
 from gossamer.ops._dispatch import available_backends, available_isas, set_isa, use_backend
 from gossamer.ops.decode_attention import decode_attention, merge_attention
+from gossamer.ops.key_scores import key_scores
 from gossamer.ops.label_attention import label_attention
 from gossamer.ops.labels import LabelCache, append_labels, label_scores
 from gossamer.ops.linear import linear
@@ -19,6 +20,7 @@ __all__ = [
     "available_backends",
     "available_isas",
     "decode_attention",
+    "key_scores",
     "label_attention",
     "label_scores",
     "linear",
