@@ -92,6 +92,22 @@ struct KeyScoreArgs {
   int threads;
 };
 
+enum Representative : int { kCenter = 0, kFirst = 1, kLast = 2 };
+
+struct TreeSearchArgs {
+  const void *query, *key;  // [B,H,lines,voters,d] contiguous, [B,Hkv,S,d]
+  const int32_t* begin;     // [B], first row that is searched
+  const int32_t* ends;      // [lines], behind the last one
+  int32_t *blocks, *counts;  // [B,H,lines,nodes], [B,H,lines]
+  int64_t* evaluations;     // [B,H,lines]
+  int64_t k_batch, k_head, k_row;
+  int64_t batch, heads, kv_heads, rows, dim;
+  int64_t lines, voters, nodes, block, step;
+  Representative representative;
+  DType dtype;
+  int threads;
+};
+
 struct SelectArgs {
   const float* scores;  // [B,H,S]
   int32_t *indices, *counts;  // [B,H,k], [B,H]
@@ -123,6 +139,7 @@ struct Kernels {
   Status (*append_labels)(const AppendArgs&);
   Status (*label_scores)(const ScoreArgs&);
   Status (*key_scores)(const KeyScoreArgs&);
+  Status (*tree_search)(const TreeSearchArgs&);
   Status (*select_topk)(const SelectArgs&);
   Status (*label_attention)(const LabelAttentionArgs&);
   Status (*linear)(const LinearArgs&);
@@ -135,6 +152,7 @@ struct Kernels {
   Status append_labels(const AppendArgs&);                 \
   Status label_scores(const ScoreArgs&);                   \
   Status key_scores(const KeyScoreArgs&);                  \
+  Status tree_search(const TreeSearchArgs&);               \
   Status select_topk(const SelectArgs&);                   \
   Status label_attention(const LabelAttentionArgs&);       \
   Status linear(const LinearArgs&);                        \

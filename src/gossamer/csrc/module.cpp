@@ -17,7 +17,7 @@ namespace {
 
 #define GOSSAMER_TABLE(isa)                                                                             \
   Kernels {                                                                                             \
-    #isa, isa::decode_attention, isa::append_labels, isa::label_scores, isa::key_scores, isa::select_topk,               \
+    #isa, isa::decode_attention, isa::append_labels, isa::label_scores, isa::key_scores, isa::tree_search, isa::select_topk,               \
         isa::label_attention, isa::linear, isa::read_all                                                             \
   }
 
@@ -167,6 +167,19 @@ int key_scores(nb::tuple tensors, nb::tuple strides, nb::tuple sizes, int reduce
   return call(active->key_scores, a);
 }
 
+int tree_search(nb::tuple tensors, nb::tuple strides, nb::tuple sizes, nb::tuple search, int dtype, int threads) {
+  TreeSearchArgs a{};
+  Reader t(tensors), r(strides), s(sizes), how(search);
+  a.query = t.pointer<void>(), a.key = t.pointer<void>(), a.begin = t.pointer<int32_t>(), a.ends = t.pointer<int32_t>();
+  a.blocks = t.pointer<int32_t>(), a.counts = t.pointer<int32_t>(), a.evaluations = t.pointer<int64_t>();
+  a.k_batch = r.next(), a.k_head = r.next(), a.k_row = r.next();
+  a.batch = s.next(), a.heads = s.next(), a.kv_heads = s.next(), a.rows = s.next(), a.dim = s.next();
+  a.lines = how.next(), a.voters = how.next(), a.nodes = how.next(), a.block = how.next(), a.step = how.next();
+  a.representative = Representative(how.next());
+  a.dtype = DType(dtype), a.threads = threads < 64 ? threads : 64;
+  return call(active->tree_search, a);
+}
+
 int select_topk(nb::tuple tensors, nb::tuple strides, nb::tuple sizes, int threads) {
   SelectArgs a{};
   Reader t(tensors), r(strides), s(sizes);
@@ -309,6 +322,7 @@ NB_MODULE(_native, m) {
   m.def("append_labels", &append_labels);
   m.def("label_scores", &label_scores);
   m.def("key_scores", &key_scores);
+  m.def("tree_search", &tree_search);
   m.def("select_topk", &select_topk);
   m.def("label_attention", &label_attention);
   m.def("linear", &linear);

@@ -10,6 +10,7 @@ from gossamer.ops.linear import linear
 from gossamer.ops.memory import advise_huge_pages
 from gossamer.ops.prepared import PreparedAttention, PreparedLabelAttention
 from gossamer.ops.select_topk import select_topk
+from gossamer.ops.tree_search import tree_search
 
 __all__ = [
     "LabelCache",
@@ -27,5 +28,6 @@ __all__ = [
     "merge_attention",
     "select_topk",
     "set_isa",
+    "tree_search",
     "use_backend",
 ]
