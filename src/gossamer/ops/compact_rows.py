@@ -40,7 +40,9 @@ def compact_rows(storage: Tensor, ids: Tensor, *, length: int | None = None) -> 
     """
     shape = storage.shape
     if storage.dim() not in (3, 4) or ids.dim() != 3 or ids.shape[:2] != shape[:2]:
-        raise InputError(f"{_OP}: want storage [B,Hkv,capacity,w] and ids [B,Hkv,n], got {list(shape)}, {list(ids.shape)}")
+        raise InputError(
+            f"{_OP}: want storage [B,Hkv,capacity,w] and ids [B,Hkv,n], got {list(shape)}, {list(ids.shape)}"
+        )
     if ids.dtype not in (torch.int32, torch.int64) or ids.device != storage.device:
         raise InputError(f"{_OP}: ids must be int32 or int64 on {storage.device}, got {ids.dtype} on {ids.device}")
     length = shape[2] if length is None else length

@@ -20,9 +20,7 @@ from gossamer.ops import _checks
 _MERGE, _MATCH = "merge_rows", "best_match"
 
 
-def merge_rows(
-    rows: Tensor, scores: Tensor, sources: Tensor, targets: Tensor, *, keep_norm: bool = False
-) -> Tensor:
+def merge_rows(rows: Tensor, scores: Tensor, sources: Tensor, targets: Tensor, *, keep_norm: bool = False) -> Tensor:
     """Replace each target row, in place, by the score-weighted mean of itself and its sources.
 
     ``scores`` stay as they are, so that keys and values are merged with the same weights: call this for both, then go
@@ -102,7 +100,9 @@ def best_match(key: Tensor, value: Tensor, sources: Tensor, centres: Tensor, tau
     [[[0, -1]]]
     """
     if key.dim() != 4 or value.dim() != 4 or key.shape[:3] != value.shape[:3] or key.device != value.device:
-        raise InputError(f"{_MATCH}: want key [B,Hkv,S,d] and value [B,Hkv,S,dv], got {list(key.shape)}, {list(value.shape)}")
+        raise InputError(
+            f"{_MATCH}: want key [B,Hkv,S,d] and value [B,Hkv,S,dv], got {list(key.shape)}, {list(value.shape)}"
+        )
     for name, ids in (("sources", sources), ("centres", centres)):
         if ids.dim() != 3 or ids.shape[:2] != key.shape[:2]:
             raise InputError(f"{_MATCH}: {name} must be [{key.shape[0]}, {key.shape[1]}, n], got {list(ids.shape)}")
@@ -118,7 +118,7 @@ def _ids(op: str, name: str, ids: Tensor, rows: Tensor, count: int | None = None
 
 
 def _merge_reference(rows: Tensor, scores: Tensor, sources: Tensor, targets: Tensor, keep_norm: bool) -> Tensor:
-    length, dim = rows.shape[2:]
+    length = rows.shape[2]
     used = targets != -1
     for ids in (sources, targets):
         if bool((used & ((ids < 0) | (ids >= length))).any()):
