@@ -77,7 +77,9 @@ def test_length_stays_between_the_members_and_scores_add_up():
     got = merge_rows(rows, scores, sources, targets, keep_norm=True)
     new = rows.norm(dim=-1).gather(2, targets.long())
     assert bool((new >= sizes.amin(0) - 1e-6).all() & (new <= sizes.amax(0) + 1e-6).all())
-    torch.testing.assert_close(got.gather(2, targets.long()), sum(scores.gather(2, x.long()) for x in (sources, targets)))
+    torch.testing.assert_close(
+        got.gather(2, targets.long()), sum(scores.gather(2, x.long()) for x in (sources, targets))
+    )
 
 
 def test_weights_of_zero_and_opposite_directions_leave_the_target():
@@ -122,7 +124,9 @@ def test_match_is_the_best_product_of_clamped_cosines():
         assert got.dtype == torch.int32
         for b, h, i in ((b, h, i) for b in range(2) for h in range(3) for i in range(10)):
             like = [
-                math.prod(max(0.0, float(torch.cosine_similarity(x[b, h, 20 + i], x[b, h, j], 0))) for x in (key, value))
+                math.prod(
+                    max(0.0, float(torch.cosine_similarity(x[b, h, 20 + i], x[b, h, j], 0))) for x in (key, value)
+                )
                 for j in range(3, 18)
             ]
             want = 3 + like.index(max(like)) if max(like) >= tau else -1

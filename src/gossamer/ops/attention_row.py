@@ -112,7 +112,7 @@ def _reference(query: Tensor, key: Tensor, starts: Tensor | None, scale: float, 
     kv_heads, length = key.shape[1], key.shape[2]
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, dim).float()
     logits = (grouped * scale) @ key.float().transpose(2, 3)
-    if starts is None and not window < length:
+    if starts is None and not 0 < window < length:
         return logits.softmax(-1)
     column = torch.arange(length, device=query.device)
     hidden = (column < (length - window if window else 0)).expand(batch, -1)
@@ -122,7 +122,7 @@ def _reference(query: Tensor, key: Tensor, starts: Tensor | None, scale: float, 
         hidden = hidden | (column < starts[:, None])
     hidden = hidden[:, None, None]
     probs = logits.masked_fill_(hidden, -math.inf).softmax(-1)
-    return probs.masked_fill_(hidden, 0.0)  # where nothing is seen, the softmax is not a number
+    return probs.masked_fill(hidden, 0.0)  # where nothing is seen, the softmax is not a number
 
 
 def _narrow(starts: Tensor | None, window: int, length: int) -> tuple[int, Tensor | None]:

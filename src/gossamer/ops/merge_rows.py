@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gossamer.errors import InputError
 from gossamer.ops import _checks
+from gossamer.ops._dispatch import DTYPE_CODES, native, resolve, triton_call
 
 _MERGE, _MATCH = "merge_rows", "best_match"
 
@@ -159,7 +160,24 @@ def _merge_reference(rows: Tensor, scores: Tensor, sources: Tensor, targets: Ten
 
 
 def _run_merge(rows: Tensor, scores: Tensor, sources: Tensor, targets: Tensor, keep_norm: bool) -> Tensor:
-    return _merge_reference(rows, scores, sources, targets, keep_norm)
+    backend = resolve(_MERGE, _MERGE, rows, scores)
+    if backend == "triton":
+        merged: Tensor = triton_call(_MERGE, _MERGE)(rows, scores, sources, targets, keep_norm)
+        return merged
+    if backend == "reference" or rows.stride(3) != 1:
+        return _merge_reference(rows, scores, sources, targets, keep_norm)
+    scores = scores.contiguous()
+    total = scores.clone()
+    status = native().merge_rows(
+        tuple(x.data_ptr() for x in (rows, scores, sources, targets, total)),
+        rows.stride()[:3],
+        (*rows.shape, sources.shape[2]),
+        keep_norm,
+        DTYPE_CODES[rows.dtype],
+        torch.get_num_threads(),
+    )
+    _checks.raise_status(_MERGE, status)
+    return total
 
 
 _merge = torch.library.custom_op("gossamer::merge_rows", _run_merge, mutates_args=("rows",))
