@@ -163,3 +163,16 @@ def test_operators_pass_the_checks_of_torch_library():
         torch.ops.gossamer.compact_rows, (rows, torch.tensor([[[1, 3], [0, 2]]]), 12), test_utils=utils
     )
     torch.library.opcheck(torch.ops.gossamer.merge_rows, (rows, scores, sources, targets, True), test_utils=utils)
+
+
+@pytest.mark.parametrize("dropped", [1, 2, 9, 300])
+def test_threads_share_a_head(isa, dropped):
+    rows = torch.randn(1, 3, 2000, 5)
+    torch.manual_seed(dropped)
+    ids = torch.stack([torch.randperm(2000)[dropped:].sort().values for _ in range(3)])[None]
+    want = rows.gather(2, ids[..., None].expand(-1, -1, -1, 5))
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        got = rows.clone()
+        ops.compact_rows(got, ids)
+        assert torch.equal(got[:, :, : 2000 - dropped], want)
