@@ -78,10 +78,9 @@ def _join(
         if KEEP_NORM:
             size = tl.sqrt(tl.sum(acc * acc, 0))
             factor = measure
-        if whole != 0.0:
-            if size != 0.0:
-                scale = factor / whole / size if KEEP_NORM else factor / whole
-                tl.store(place, acc * scale, mask=d < DIM)
+        if whole != 0.0 and size != 0.0:
+            scale = factor / whole / size if KEEP_NORM else factor / whole
+            tl.store(place, acc * scale, mask=d < DIM)
 
 
 def merge_rows(rows: Tensor, scores: Tensor, sources: Tensor, targets: Tensor, keep_norm: bool) -> Tensor:
