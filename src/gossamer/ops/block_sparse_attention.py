@@ -19,6 +19,7 @@ from gossamer.ops._dispatch import DTYPE_CODES, native, resolve, triton_call
 from gossamer.ops._masked import masked_attention
 
 _OP = "block_sparse_attention"
+_GPU = "prefill_attention"
 _STATUS = {
     1: "starts must lie in 0 .. number of rows",
     2: "blocks must hold ids of key blocks, each line ascending, none twice",
@@ -230,12 +231,10 @@ def _run(
     scale: float,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    backend = resolve(_OP, _OP, query, key, value)
+    backend = resolve(_OP, _GPU, query, key, value)
     if backend == "native":
-        return _run_native(
-            query, key, value, blocks, counts, block_size, key_block_size, starts, scale, return_lse
-        )
-    call = triton_call(_OP, _OP) if backend == "triton" else _reference
+        return _run_native(query, key, value, blocks, counts, block_size, key_block_size, starts, scale, return_lse)
+    call = triton_call(_OP, _GPU) if backend == "triton" else _reference
     out, lse = call(query, key, value, blocks, counts, block_size, key_block_size, starts, scale)
     return out, lse.float() if return_lse else query.new_empty((0,), dtype=torch.float32)
 

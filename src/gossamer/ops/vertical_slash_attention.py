@@ -29,6 +29,7 @@ from gossamer.ops._dispatch import DTYPE_CODES, native, resolve, triton_call
 from gossamer.ops._masked import causal, masked_attention
 
 _OP = "vertical_slash_attention"
+_GPU = "prefill_attention"
 _INDEX = "vertical_slash_index"
 _STATUS = {
     1: "starts must lie in 0 .. number of rows",
@@ -334,10 +335,10 @@ def _run(
     scale: float,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    backend = resolve(_OP, _OP, query, key, value)
+    backend = resolve(_OP, _GPU, query, key, value)
     if backend == "native":
         return _run_native(query, key, value, verticals, slashes, block_size, starts, scale, return_lse)
-    call = triton_call(_OP, _OP) if backend == "triton" else _reference
+    call = triton_call(_OP, _GPU) if backend == "triton" else _reference
     out, lse = call(query, key, value, verticals, slashes, block_size, starts, scale)
     return out, lse.float() if return_lse else query.new_empty((0,), dtype=torch.float32)
 
@@ -345,9 +346,9 @@ def _run(
 def _run_index(
     verticals: Tensor, slashes: Tensor, length: int, block_size: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kind = resolve(_INDEX, _OP, verticals.new_empty(0, dtype=torch.float32))  # it looks at a float dtype
+    kind = resolve(_INDEX, _GPU, verticals.new_empty(0, dtype=torch.float32))  # it looks at a float dtype
     if kind == "triton":
-        return triton_call(_INDEX, _OP)(verticals, slashes, length, block_size)  # type: ignore[no-any-return]
+        return triton_call(_INDEX, _GPU)(verticals, slashes, length, block_size)  # type: ignore[no-any-return]
     if kind == "reference":
         return _index_reference(verticals, slashes, length, block_size)
     lines, width = (*verticals.shape[:2], -(-length // block_size)), verticals.shape[2]
