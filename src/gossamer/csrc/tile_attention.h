@@ -193,7 +193,8 @@ class TileAttention {
     key = static_cast<const T*>(a.key) + batch * a.k_batch + kv_head * a.k_head;
     value = static_cast<const T*>(a.value) + batch * a.v_batch + kv_head * a.v_head;
     vectors = ceil_div(t.count, kLanes);
-    keys = 0;
+    filling = tiles, ready = nullptr;
+    filling->count = 0;
     // Scores of a negative scale are made positive, so that the highest score has the highest weight.
     const uint32_t flip = a.scale < 0.0f ? 0x80000000u : 0u;
     const bool flat = a.scale == 0.0f;
@@ -214,15 +215,17 @@ class TileAttention {
   GOSSAMER_INLINE void add(int64_t from, int64_t to) {
     from = imax(from, low), to = imin(to, high);
     while (from < to) {
-      const int64_t n = imin(to - from, kKeys - keys);
-      for (int64_t i = 0; i < n; ++i) at[keys + i] = int32_t(from + i);
-      keys += n, from += n;
-      if (keys == kKeys) attend();
+      const int64_t n = imin(to - from, kKeys - filling->count);
+      int32_t* at = filling->at + filling->count;
+      for (int64_t i = 0; i < n; ++i) at[i] = int32_t(from + i);
+      filling->count += n, from += n;
+      if (filling->count == kKeys) advance();
     }
   }
 
   void finish() {
-    if (keys) attend();
+    advance();
+    if (ready->count) advance();
     for (int q = 0; q < tile->count; ++q) {
       const bool seen = sum[q] > 0.0f || sum[q] != sum[q];
       const float factor = seen ? 1.0f / sum[q] : 0.0f, *from = out + q * width;
@@ -233,6 +236,19 @@ class TileAttention {
   }
 
  private:
+  struct KeyTile {
+    int64_t count = 0;
+    alignas(64) int32_t at[kKeys];  // positions
+  };
+
+  // Works on the tile that is ready, while the rows of the one just filled are on their way.
+  void advance() {
+    if (ready) attend(*ready, *filling);
+    KeyTile* const empty = ready ? ready : tiles + 1;
+    ready = filling, filling = empty;
+    filling->count = 0;
+  }
+
   void pack_query(const T* row, uint32_t flip, Word* to) {
     if constexpr (P::kPack == 2) {
       flip |= flip >> 16;
@@ -263,7 +279,15 @@ class TileAttention {
     }
   }
 
-  void pack_values() {
+  // Rows of the next tile, as many as this one's share of the work.
+  void fetch(const KeyTile& soon, const T* rows, int64_t stride, int64_t first, int64_t count) {
+    for (int64_t k = first; k < imin(first + count, soon.count); ++k) {
+      const char* row = reinterpret_cast<const char*>(rows + soon.at[k] * stride);
+      for (int64_t i = 0; i < a.dim * int64_t(sizeof(T)); i += 64) prefetch(row + i);
+    }
+  }
+
+  void pack_values(const int32_t* at, int64_t keys) {
     if constexpr (P::kPack == 2) {
 #if defined(GOSSAMER_AVX512)
       for (int64_t k = 0; k < keys; k += 2) {
@@ -283,10 +307,11 @@ class TileAttention {
     }
   }
 
-  void attend() {
+  void attend(const KeyTile& now, const KeyTile& soon) {
+    const int64_t keys = now.count;
     const Word* rows[kKeys];
     for (int64_t k = 0; k < keys; ++k) {
-      const T* row = key + at[k] * a.k_row;
+      const T* row = key + now.at[k] * a.k_row;
       if (pack_keys) {
         pack_key(row, packed + k * words);
         rows[k] = packed + k * words;
@@ -297,27 +322,30 @@ class TileAttention {
     strips(vectors, [&](auto across, int64_t i) GOSSAMER_LAMBDA {
       constexpr int V = decltype(across)::value;
       groups<kDown<V>>(keys, [&](auto down, int64_t k) GOSSAMER_LAMBDA {
-        score_rows<T, decltype(down)::value, V>(rows + k, queries + i * kLanes, words, scores + k * kQueries + i * kLanes);
+        constexpr int R = decltype(down)::value;
+        if (i == 0) fetch(soon, key, a.k_row, k, R);
+        score_rows<T, R, V>(rows + k, queries + i * kLanes, words, scores + k * kQueries + i * kLanes);
       });
     });
-    mask();
+    mask(now.at, keys);
     bool moved = false;
-    for (int64_t i = 0; i < vectors; ++i) moved |= weigh(i);
+    for (int64_t i = 0; i < vectors; ++i) moved |= weigh(i, keys);
     if (moved) rescale();
-    pack_values();
+    pack_values(now.at, keys);
     const Word* weights = reinterpret_cast<const Word*>(scores);
     strips(width / kLanes, [&](auto across, int64_t i) GOSSAMER_LAMBDA {
       constexpr int V = decltype(across)::value;
       groups<kDown<V>>(tile->count, [&](auto down, int64_t q) GOSSAMER_LAMBDA {
-        add_values<T, decltype(down)::value, V>(weights + q, values + i * kLanes, width, ceil_div(keys, P::kPack),
-                                                out + q * width + i * kLanes, width);
+        constexpr int R = decltype(down)::value;
+        if (i == 0) fetch(soon, value, a.v_row, q, R);
+        add_values<T, R, V>(weights + q, values + i * kLanes, width, ceil_div(keys, P::kPack), out + q * width + i * kLanes,
+                            width);
       });
     });
-    keys = 0;
   }
 
   // Hides keys from the queries that stand before them.
-  void mask() {
+  void mask(const int32_t* at, int64_t keys) {
     for (int64_t k = 0; k < keys; ++k)
       if (at[k] > tile->first)
         for (int64_t i = 0; i < vectors; ++i) {
@@ -331,7 +359,7 @@ class TileAttention {
   // Turns the scores of kLanes queries into weights and adds to their sums. The running maximum follows only when it would
   // move by more than kSlack powers of two: weights of up to 2^kSlack do no harm, and the sums of values rarely need a new
   // factor. Says whether one moved; `factor` is what to multiply earlier sums with.
-  bool weigh(int64_t i) {
+  bool weigh(int64_t i, int64_t keys) {
     constexpr float kSlack = 8.0f;
     float* s = scores + i * kLanes;
     vf best[4] = {splat(-kInf), splat(-kInf), splat(-kInf), splat(-kInf)};
@@ -398,11 +426,12 @@ class TileAttention {
   const bool pack_keys;
   const QueryTile<T>* tile = nullptr;
   const T *key = nullptr, *value = nullptr;
-  int64_t low = 0, high = 0, vectors = 0, keys = 0;
+  int64_t low = 0, high = 0, vectors = 0;
   float slope = 1.0f;  // from a score to the exponent of two
   Word *queries, *values, *packed;  // [words][kQueries], [kKeys / kPack][width], [kKeys][words]
   float *scores, *out;              // [kKeys][kQueries], then the weights as words; [kQueries][width]
-  alignas(64) int32_t at[kKeys];    // positions of the keys of a tile
+  KeyTile tiles[2];
+  KeyTile *filling = nullptr, *ready = nullptr;
   alignas(64) int32_t position[kQueries];
   alignas(64) float top[kQueries], sum[kQueries], factor[kQueries];
 };
