@@ -38,6 +38,8 @@ def test_kernels_compile_for_an_h100(tmp_path):
         "_columns",
         "_compact",
         "_join",
+        "_prefill",
+        "_walk",
     }
 
 
@@ -54,6 +56,7 @@ def main():
     from gossamer.gpu.key_scores import key_scores
     from gossamer.gpu.labels import append_labels, label_scores
     from gossamer.gpu.merge_rows import merge_rows
+    from gossamer.gpu.prefill_attention import block_sparse_attention, vertical_slash_attention
     from gossamer.gpu.select_topk import select_topk
     from gossamer.ops import LabelCache
 
@@ -94,8 +97,13 @@ def main():
         attention_columns(block, key, torch.zeros(2, 300), ids(300), window=64, causal=True, **how)
         compact_rows(key, ids(2, 4, 256).long(), 2048)
         merge_rows(key, torch.zeros(2, 4, 2048), ids(2, 4, 64), ids(2, 4, 64), dim == 128)
+        prompt = torch.zeros(2, 16, 256, dim, dtype=dtype)
+        blocks = torch.ones(2, 4, 4, 32, dtype=torch.bool)
+        block_sparse_attention(prompt, key, key, blocks, None, 64, 64, ids(2), 1.0)
+        vertical_slash_attention(key, key, key, ids(2, 4, 30), ids(2, 4, 99), 64, None, 1.0)
     compact_rows(torch.zeros(2, 4, 2048, 20, dtype=torch.uint8), ids(2, 4, 256), 2048)
     decode_attention(query, key, key, indices=ids(2, 16, 64), scale=1.0)
+    block_sparse_attention(prompt[:, :, :64], key, key, ids(2, 16, 4, 9), ids(2, 16, 4), 16, 128, None, 1.0)
     select_topk(torch.zeros(2, 4, 500), 256, starts=ids(2), lengths=ids(2))
     select_topk(torch.zeros(1, 4, 200000), 256)  # in chunks
     for bits, r in ((1, 32), (4, 32), (8, 128), (12, 40), (16, 128)):

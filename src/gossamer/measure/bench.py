@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gossamer import ops
 from gossamer.errors import InputError, UnknownNameError
+from gossamer.measure import bench_prefill
 from gossamer.measure.bandwidth import ReadBandwidth
 from gossamer.ops.attention_row import attention_row, decode_attention_with_row
 from gossamer.ops.attention_statistics import attention_columns
@@ -29,11 +30,13 @@ OPERATORS = (
     "attention_columns",
     "attention_row",
     "compact_rows",
+    "block_sparse_attention",
     "decode_attention",
     "label_attention",
     "label_scores",
     "linear",
     "select_topk",
+    "vertical_slash_attention",
 )
 #: Weights [inputs, outputs] that ``linear`` is timed on, and the rows of x.
 WEIGHTS = {
@@ -74,7 +77,7 @@ def run(
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Benchmark an operator for one decode step of one sequence.
+    """Benchmark an operator for one decode step of one sequence, or for one prompt.
 
     Parameters
     ----------
@@ -83,7 +86,9 @@ def run(
         each reduction), ``label_scores``, ``select_topk``, ``attention_columns`` (the last 256 rows of a prompt over the
         context), ``attention_row`` (alone, and with the output, beside our dense kernel), ``compact_rows`` (one row of
         the middle dropped, and every second row), or ``linear`` (the weights in ``WEIGHTS`` times 1, 4 and 8 rows;
-        contexts and the shape of the attention don't matter to it).
+        contexts and the shape of the attention don't matter to it). ``block_sparse_attention`` and
+        ``vertical_slash_attention`` work on prompts of a shape of their own: see ``measure.bench_prefill``, also for
+        what their rows hold. Of the parameters below they take ``contexts``, ``dtypes`` and ``seed``.
     contexts
         Cached tokens.
     dtypes
@@ -123,6 +128,9 @@ def run(
             raise InputError(f"dtype must be float32 or bfloat16, got {name!r}")
     if min(contexts, default=0) < 1 or kv_heads < 1 or heads % kv_heads or repeats < 1:
         raise InputError("bench: contexts and repeats must be positive and heads a multiple of kv_heads")
+    if op in bench_prefill.OPERATORS:
+        chosen = {name: DTYPES[name] for name in dtypes}
+        return bench_prefill.run(op, contexts=contexts, dtypes=chosen, seed=seed, progress=progress)
     probe = ReadBandwidth()
     rows: list[dict[str, Any]] = []
     if op == "linear":

@@ -2,6 +2,7 @@
 faster kernels."""
 
 from gossamer.ops._dispatch import available_backends, available_isas, set_isa, use_backend
+from gossamer.ops.block_sparse_attention import block_sparse_attention
 from gossamer.ops.compact_rows import compact_rows
 from gossamer.ops.decode_attention import decode_attention, merge_attention
 from gossamer.ops.key_scores import key_scores
@@ -13,16 +14,23 @@ from gossamer.ops.merge_rows import best_match, merge_rows
 from gossamer.ops.prepared import PreparedAttention, PreparedLabelAttention
 from gossamer.ops.select_topk import select_topk
 from gossamer.ops.tree_search import tree_search
+from gossamer.ops.vertical_slash_attention import (
+    VerticalSlashIndex,
+    vertical_slash_attention,
+    vertical_slash_index,
+)
 
 __all__ = [
     "LabelCache",
     "PreparedAttention",
     "PreparedLabelAttention",
+    "VerticalSlashIndex",
     "advise_huge_pages",
     "append_labels",
     "available_backends",
     "available_isas",
     "best_match",
+    "block_sparse_attention",
     "compact_rows",
     "decode_attention",
     "key_scores",
@@ -35,4 +43,6 @@ __all__ = [
     "set_isa",
     "tree_search",
     "use_backend",
+    "vertical_slash_attention",
+    "vertical_slash_index",
 ]
