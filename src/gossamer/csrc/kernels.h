@@ -149,6 +149,17 @@ struct MergeArgs {
   int threads;
 };
 
+struct MatchArgs {
+  const void *key, *value;                        // [B,H,S,dk], [B,H,S,dv]
+  const int32_t *source_ids, *centre_ids;         // [B,H,sources], [B,H,centres]; -1: no row
+  int32_t* out;                                   // [B,H,sources]
+  int64_t k_batch, k_head, k_row, v_batch, v_head, v_row;
+  int64_t batch, heads, rows, key_dim, value_dim, sources, centres;
+  float tau;
+  DType dtype;
+  int threads;
+};
+
 struct Kernels {
   const char* name;
   Status (*decode_attention)(const AttentionArgs&);
@@ -162,6 +173,7 @@ struct Kernels {
   Status (*attention_columns)(const AttentionColumnsArgs&);
   Status (*compact_rows)(const CompactArgs&);
   Status (*merge_rows)(const MergeArgs&);
+  Status (*best_match)(const MatchArgs&);
 };
 
 #define GOSSAMER_DECLARE_KERNELS(isa)                      \
@@ -177,6 +189,7 @@ struct Kernels {
   Status attention_columns(const AttentionColumnsArgs&);   \
   Status compact_rows(const CompactArgs&);                 \
   Status merge_rows(const MergeArgs&);                     \
+  Status best_match(const MatchArgs&);                     \
   }
 GOSSAMER_DECLARE_KERNELS(baseline)
 GOSSAMER_DECLARE_KERNELS(avx2)

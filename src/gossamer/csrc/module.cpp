@@ -19,7 +19,8 @@ namespace {
   Kernels {                                                                                             \
     #isa, isa::decode_attention, isa::append_labels, isa::label_scores, isa::select_topk,               \
         isa::label_attention, isa::linear, isa::read_all,                                                 \
-        isa::attention_row, isa::attention_columns, isa::compact_rows, isa::merge_rows                  \
+        isa::attention_row, isa::attention_columns, isa::compact_rows, isa::merge_rows,                 \
+        isa::best_match                                                                                 \
   }
 
 // Slowest first; only what this processor can run.
@@ -326,6 +327,20 @@ int merge_rows(nb::tuple tensors, nb::tuple strides, nb::tuple sizes, bool keep_
   return call(active->merge_rows, a);
 }
 
+int best_match(nb::tuple tensors, nb::tuple strides, nb::tuple sizes, float tau, int dtype, int threads) {
+  MatchArgs a{};
+  Reader t(tensors), r(strides), s(sizes);
+  a.key = t.pointer<void>(), a.value = t.pointer<void>();
+  a.source_ids = t.pointer<int32_t>(), a.centre_ids = t.pointer<int32_t>(), a.out = t.pointer<int32_t>();
+  a.k_batch = r.next(), a.k_head = r.next(), a.k_row = r.next();
+  a.v_batch = r.next(), a.v_head = r.next(), a.v_row = r.next();
+  a.batch = s.next(), a.heads = s.next(), a.rows = s.next(), a.key_dim = s.next(), a.value_dim = s.next();
+  a.sources = s.next(), a.centres = s.next();
+  a.tau = tau, a.dtype = DType(dtype);
+  a.threads = team(threads, a.batch * a.heads * a.sources * a.centres * (a.key_dim + a.value_dim) / 8);
+  return call(active->best_match, a);
+}
+
 float read_all(intptr_t data, int64_t size, int threads) {
   nb::gil_scoped_release release;
   return active->read_all(reinterpret_cast<const float*>(data), size, threads);
@@ -357,6 +372,7 @@ NB_MODULE(_native, m) {
   m.def("attention_columns", &attention_columns);
   m.def("compact_rows", &compact_rows);
   m.def("merge_rows", &merge_rows);
+  m.def("best_match", &best_match);
   nb::class_<Prepared>(m, "Prepared")
       .def(nb::init<nb::tuple, nb::tuple, nb::tuple, int>())
       .def("set_labels", &Prepared::set_labels)
