@@ -16,6 +16,7 @@ namespace {
 thread_local Scratch scratch;
 
 constexpr int kChunk = 16 * kKeys;  // keys between two updates of the running maxima
+constexpr int64_t kKeep = 1 << 22;   // floats of strips that wait for the next call
 
 // What the queries are packed to, and what the keys are read as.
 template <class T>
@@ -90,6 +91,8 @@ class Columns {
     }
     strip_keys = ceil_div(widest, kChunk) * kChunk;
   }
+
+  bool large() const { return a.threads * strip_keys * kRows > kKeep; }
 
   void layout(Scratch& s) {
     s.take(queries, a.threads * packed);
@@ -311,7 +314,8 @@ Status run(const AttentionColumnsArgs& args) {
   Columns<T> work(args);
   row_scratch.layout([&](Scratch& s) { work.layout_rows(s); });
   work.plan();
-  scratch.layout([&](Scratch& s) { work.layout(s); });
+  Scratch once;  // what a very long context needs is given back
+  (work.large() ? once : scratch).layout([&](Scratch& s) { work.layout(s); });
   parallel(args.threads, [&](int thread, int threads) {
     work.run(thread);
     barrier(threads);

@@ -163,6 +163,8 @@ def _merge_reference(rows: Tensor, scores: Tensor, sources: Tensor, targets: Ten
 
 def _run_merge(rows: Tensor, scores: Tensor, sources: Tensor, targets: Tensor, keep_norm: bool) -> Tensor:
     backend = resolve(_MERGE, _MERGE, rows, scores)
+    if rows.requires_grad:  # autograd must hear of the change, also where gradients are off for the moment
+        backend = "reference"
     if backend == "triton":
         merged: Tensor = triton_call(_MERGE, _MERGE)(rows, scores, sources, targets, keep_norm)
         return merged
