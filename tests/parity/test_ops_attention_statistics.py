@@ -230,3 +230,9 @@ def test_operators_pass_the_checks_of_torch_library():
     torch.library.opcheck(
         torch.ops.gossamer.decode_attention_with_row, (query[:, :, 0], key, value, None, 0.3, 4), test_utils=utils
     )
+
+
+def test_a_context_too_long_to_keep_its_memory(isa):
+    query, key, _ = case(1, 1, 1, 3, 70_000, 4, torch.float32)
+    for _ in range(2):
+        close(*both(attention_columns, query, key))

@@ -176,3 +176,51 @@ def test_threads_share_a_head(isa, dropped):
         got = rows.clone()
         ops.compact_rows(got, ids)
         assert torch.equal(got[:, :, : 2000 - dropped], want)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_matching(isa, data):
+    batch, heads, rows, m, n = (
+        data.draw(st.integers(low, high)) for low, high in ((1, 2), (1, 3), (1, 200), (0, 150), (0, 150))
+    )
+    dim, value_dim = (data.draw(st.sampled_from([1, 20, 64])) for _ in range(2))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    torch.set_num_threads(data.draw(st.sampled_from([1, 2])))
+    key, value = (
+        torch.full((batch, heads, rows + 1, d + 1), math.nan, dtype=dtype)[:, :, :rows, :d] for d in (dim, value_dim)
+    )
+    for x in (key, value):
+        x.normal_()
+        x[torch.rand(x.shape[:3]) < 0.05] = 0
+        x[torch.rand(x.shape[:3]) < 0.02] = math.nan
+    sources, centres = (torch.randint(-1, rows, (batch, heads, k), dtype=torch.int32) for k in (m, n))
+    tau = data.draw(st.sampled_from([0.0, 0.1, 0.4]))
+    with ops.use_backend("reference"):
+        want = ops.best_match(key, value, sources, centres, tau)
+    got = ops.best_match(key, value, sources, centres, tau)
+    if dim > 1 or value_dim > 1:  # with one element each, cosines are 1 or rounded just below it: ties either way
+        wrong = (got != want).nonzero()
+        assert len(wrong) <= 1 + m // 50, "only rounding decides otherwise"
+        for b, h, i in wrong.tolist():
+            likes = [likeness(key, value, b, h, sources[b, h, i], j, tau) for j in (got[b, h, i], want[b, h, i])]
+            assert math.isclose(*likes, rel_tol=1e-4, abs_tol=1e-5)
+
+
+def likeness(key, value, b, h, i, j, tau):
+    if j < 0:
+        return tau
+    pairs = [(x[b, h, i].double(), x[b, h, j].double()) for x in (key, value)]
+    return math.prod(max(0.0, float(x @ y / max(float(x.norm() * y.norm()), 1e-30))) for x, y in pairs)
+
+
+def test_bad_ids_of_a_match_raise(isa):
+    rows, fine = torch.randn(1, 2, 9, 4), torch.zeros(1, 2, 3).int()
+    for bad in (-2, 9):
+        wrong = fine.clone()
+        wrong[0, 1, 2] = bad
+        for backend in ("native", "reference"):
+            for ids in ((wrong, fine), (fine, wrong)):
+                with ops.use_backend(backend), pytest.raises(InputError, match="row id"):
+                    ops.best_match(rows, rows, *ids, 0.5)

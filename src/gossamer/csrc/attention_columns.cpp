@@ -8,41 +8,21 @@
 // A vector holds kLanes query rows, and keys are broadcast from where they lie: nothing of the cache is copied or transposed,
 // and maxima and sums of rows need no reduction across lanes. The rows are ordered by position, all heads of a group side by
 // side, so that the rows of a block see nearly the same keys and what lies behind the diagonal is skipped.
-#include "attend.h"
+#include "tile.h"
 
 namespace gossamer::GOSSAMER_ISA {
 namespace {
 
 thread_local Scratch scratch;
 
-// A tile of products: kKeys keys times kVectors vectors of rows; as many accumulators as there are registers for.
-constexpr int kKeys = 6;
-constexpr int kVectors = kLanes == 16 ? 4 : 2;
-constexpr int kTiles = kLanes == 16 ? 1 : kLanes == 8 ? 4 : 8;  // tiles of rows in a block of 64
-constexpr int kWide = kVectors * kLanes, kRows = kTiles * kWide;
 constexpr int kChunk = 16 * kKeys;  // keys between two updates of the running maxima
-
-#if defined(GOSSAMER_AVX512)
-constexpr bool kPairs = true;  // bfloat16 is multiplied as it is, two elements at a time
-#else
-constexpr bool kPairs = false;
-#endif
+constexpr int64_t kKeep = 1 << 22;   // floats of strips that wait for the next call
 
 // What the queries are packed to, and what the keys are read as.
 template <class T>
 constexpr bool kNative = sizeof(T) == 4 || kPairs;
 template <class T>
 constexpr int kStep = sizeof(T) == 2 && kPairs ? 2 : 1;  // elements of a row in one 32-bit lane
-
-GOSSAMER_INLINE vf top(vf a, vf b) {
-#if defined(GOSSAMER_AVX512)
-  return _mm512_max_ps(a, b);
-#elif defined(GOSSAMER_AVX2)
-  return _mm256_max_ps(a, b);
-#else
-  return a > b ? a : b;
-#endif
-}
 
 // 2^x to about 1 ulp for x <= 127; exactly 0 below the normal numbers. NaN stays NaN.
 GOSSAMER_INLINE vf power(vf x) {
@@ -63,70 +43,6 @@ GOSSAMER_INLINE vf power(vf x) {
   const vf result = (vf)((vi)p + ((vi)shifted << 23));
   return x < -126.0f ? vf{} : result;
 #endif
-}
-
-GOSSAMER_INLINE float power(float x) { return power(splat(x))[0]; }
-
-// One element of a key row for all lanes; `last` reads the odd one at the end of a row of pairs.
-GOSSAMER_INLINE vf broadcast(const float* p) { return splat(*p); }
-#if defined(GOSSAMER_AVX512)
-GOSSAMER_INLINE vf broadcast(const bf16* p) {
-  int32_t pair;
-  __builtin_memcpy(&pair, p, sizeof pair);
-  return (vf)_mm512_set1_epi32(pair);
-}
-GOSSAMER_INLINE vf multiply_add(const bf16*, vf key, vf rows, vf sum) {
-  return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)rows, (__m512bh)key);
-}
-#endif
-GOSSAMER_INLINE vf multiply_add(const float*, vf key, vf rows, vf sum) { return fma(key, rows, sum); }
-
-// out[r][v] = products of key row r with the packed rows; `best` follows their maxima.
-template <class K, int R>
-GOSSAMER_INLINE void tile(const K* key, int64_t key_row, const float* rows, int64_t dim, float* out, vf* best) {
-  constexpr int kWidth = sizeof(K) == 2 ? 2 : 1;
-  vf sum[R][kVectors] = {};
-  const int64_t whole = dim / kWidth;
-  for (int64_t c = 0; c < whole; ++c, key += kWidth, rows += kWide) {
-    vf q[kVectors];
-    GOSSAMER_UNROLL
-    for (int v = 0; v < kVectors; ++v) q[v] = load(rows + v * kLanes);
-    GOSSAMER_UNROLL
-    for (int r = 0; r < R; ++r) {
-      const vf k = broadcast(key + r * key_row);
-      GOSSAMER_UNROLL
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = multiply_add(key, k, q[v], sum[r][v]);
-    }
-  }
-  if constexpr (kWidth == 2) {
-    if (dim % 2) {
-      GOSSAMER_UNROLL
-      for (int r = 0; r < R; ++r) {
-        const vf k = (vf)splat_i(key[r * key_row].bits);
-        GOSSAMER_UNROLL
-        for (int v = 0; v < kVectors; ++v) sum[r][v] = multiply_add(key, k, load(rows + v * kLanes), sum[r][v]);
-      }
-    }
-  }
-  GOSSAMER_UNROLL
-  for (int v = 0; v < kVectors; ++v) {
-    GOSSAMER_UNROLL
-    for (int r = 0; r < R; ++r) {
-      store(out + r * kWide + v * kLanes, sum[r][v]);
-      best[v] = top(sum[r][v], best[v]);
-    }
-  }
-}
-
-template <class K>
-__attribute__((noinline)) void tiles(const K* key, int64_t key_row, int64_t count, const float* rows, int64_t dim,
-                                     float* out, float* maxima) {
-  vf best[kVectors];
-  for (int v = 0; v < kVectors; ++v) best[v] = splat(-kInf);
-  int64_t r = 0;
-  for (; r + kKeys <= count; r += kKeys) tile<K, kKeys>(key + r * key_row, key_row, rows, dim, out + r * kWide, best);
-  for (; r < count; ++r) tile<K, 1>(key + r * key_row, key_row, rows, dim, out + r * kWide, best);
-  for (int v = 0; v < kVectors; ++v) store(maxima + v * kLanes, best[v]);
 }
 
 template <class T>
@@ -175,6 +91,8 @@ class Columns {
     }
     strip_keys = ceil_div(widest, kChunk) * kChunk;
   }
+
+  bool large() const { return a.threads * strip_keys * kRows > kKeep; }
 
   void layout(Scratch& s) {
     s.take(queries, a.threads * packed);
@@ -396,7 +314,8 @@ Status run(const AttentionColumnsArgs& args) {
   Columns<T> work(args);
   row_scratch.layout([&](Scratch& s) { work.layout_rows(s); });
   work.plan();
-  scratch.layout([&](Scratch& s) { work.layout(s); });
+  Scratch once;  // what a very long context needs is given back
+  (work.large() ? once : scratch).layout([&](Scratch& s) { work.layout(s); });
   parallel(args.threads, [&](int thread, int threads) {
     work.run(thread);
     barrier(threads);

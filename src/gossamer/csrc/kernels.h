@@ -208,6 +208,17 @@ struct VerticalSlashArgs {
   int64_t max_ranges;
 };
 
+struct MatchArgs {
+  const void *key, *value;                        // [B,H,S,dk], [B,H,S,dv]
+  const int32_t *source_ids, *centre_ids;         // [B,H,sources], [B,H,centres]; -1: no row
+  int32_t* out;                                   // [B,H,sources]
+  int64_t k_batch, k_head, k_row, v_batch, v_head, v_row;
+  int64_t batch, heads, rows, key_dim, value_dim, sources, centres;
+  float tau;
+  DType dtype;
+  int threads;
+};
+
 struct Kernels {
   const char* name;
   Status (*decode_attention)(const AttentionArgs&);
@@ -226,6 +237,7 @@ struct Kernels {
   Status (*block_sparse_attention)(const BlockSparseArgs&);
   Status (*vertical_slash_attention)(const VerticalSlashArgs&);
   Status (*vertical_slash_index)(const VerticalSlashArgs&);
+  Status (*best_match)(const MatchArgs&);
 };
 
 #define GOSSAMER_DECLARE_KERNELS(isa)                      \
@@ -246,6 +258,7 @@ struct Kernels {
   Status block_sparse_attention(const BlockSparseArgs&);   \
   Status vertical_slash_attention(const VerticalSlashArgs&); \
   Status vertical_slash_index(const VerticalSlashArgs&);   \
+  Status best_match(const MatchArgs&);                     \
   }
 GOSSAMER_DECLARE_KERNELS(baseline)
 GOSSAMER_DECLARE_KERNELS(avx2)

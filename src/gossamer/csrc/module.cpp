@@ -34,6 +34,7 @@ namespace {
     .block_sparse_attention = isa::block_sparse_attention,      \
     .vertical_slash_attention = isa::vertical_slash_attention,  \
     .vertical_slash_index = isa::vertical_slash_index,          \
+    .best_match = isa::best_match,                              \
   }
 
 // Slowest first; only what this processor can run.
@@ -417,6 +418,20 @@ float read_all(intptr_t data, int64_t size, int threads) {
   return active->read_all(reinterpret_cast<const float*>(data), size, threads);
 }
 
+int best_match(nb::tuple tensors, nb::tuple strides, nb::tuple sizes, float tau, int dtype, int threads) {
+  MatchArgs a{};
+  Reader t(tensors), r(strides), s(sizes);
+  a.key = t.pointer<void>(), a.value = t.pointer<void>();
+  a.source_ids = t.pointer<int32_t>(), a.centre_ids = t.pointer<int32_t>(), a.out = t.pointer<int32_t>();
+  a.k_batch = r.next(), a.k_head = r.next(), a.k_row = r.next();
+  a.v_batch = r.next(), a.v_head = r.next(), a.v_row = r.next();
+  a.batch = s.next(), a.heads = s.next(), a.rows = s.next(), a.key_dim = s.next(), a.value_dim = s.next();
+  a.sources = s.next(), a.centres = s.next();
+  a.tau = tau, a.dtype = DType(dtype);
+  a.threads = team(threads, a.batch * a.heads * a.sources * a.centres * (a.key_dim + a.value_dim) / 8);
+  return call(active->best_match, a);
+}
+
 }  // namespace
 }  // namespace gossamer
 
@@ -440,6 +455,7 @@ NB_MODULE(_native, m) {
   m.def("select_topk", &select_topk);
   m.def("label_attention", &label_attention);
   m.def("linear", &linear);
+  m.def("best_match", &best_match);
   m.def("read_all", &read_all);
   m.def("attention_row", &attention_row);
   m.def("attention_columns", &attention_columns);

@@ -68,6 +68,8 @@ def _reference(storage: Tensor, ids: Tensor, length: int) -> None:
 def _run(storage: Tensor, ids: Tensor, length: int) -> None:
     # Any dtype moves alike: the backend is chosen by the device alone.
     backend = resolve(_OP, _OP, torch.empty(0, dtype=torch.float32, device=storage.device), storage)
+    if storage.requires_grad:  # autograd must hear of the change, also where gradients are off for the moment
+        backend = "reference"
     if backend == "triton":
         triton_call(_OP, _OP)(storage, ids, length)
     elif backend == "native" and (storage.dim() == 3 or storage.stride(3) == 1):

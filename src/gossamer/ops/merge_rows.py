@@ -108,7 +108,9 @@ def best_match(key: Tensor, value: Tensor, sources: Tensor, centres: Tensor, tau
         if ids.dim() != 3 or ids.shape[:2] != key.shape[:2]:
             raise InputError(f"{_MATCH}: {name} must be [{key.shape[0]}, {key.shape[1]}, n], got {list(ids.shape)}")
     sources, centres = _ids(_MATCH, "sources", sources, key), _ids(_MATCH, "centres", centres, key)
-    return _match(key, value, sources, centres, float(tau))
+    run = torch.ops.gossamer.best_match if torch.compiler.is_compiling() else _run_match
+    found: Tensor = run(key, value, sources, centres, float(tau))
+    return found
 
 
 def _ids(op: str, name: str, ids: Tensor, rows: Tensor, count: int | None = None) -> Tensor:
@@ -161,6 +163,8 @@ def _merge_reference(rows: Tensor, scores: Tensor, sources: Tensor, targets: Ten
 
 def _run_merge(rows: Tensor, scores: Tensor, sources: Tensor, targets: Tensor, keep_norm: bool) -> Tensor:
     backend = resolve(_MERGE, _MERGE, rows, scores)
+    if rows.requires_grad:  # autograd must hear of the change, also where gradients are off for the moment
+        backend = "reference"
     if backend == "triton":
         merged: Tensor = triton_call(_MERGE, _MERGE)(rows, scores, sources, targets, keep_norm)
         return merged
@@ -188,7 +192,7 @@ def _merge_fake(rows: Tensor, scores: Tensor, sources: Tensor, targets: Tensor, 
     return torch.empty_like(scores)
 
 
-def _match(key: Tensor, value: Tensor, sources: Tensor, centres: Tensor, tau: float) -> Tensor:
+def _match_reference(key: Tensor, value: Tensor, sources: Tensor, centres: Tensor, tau: float) -> Tensor:
     batch, heads, length = key.shape[:3]
     if not centres.shape[2]:
         return torch.full_like(sources, -1)
@@ -207,3 +211,29 @@ def _match(key: Tensor, value: Tensor, sources: Tensor, centres: Tensor, tau: fl
     best, at = like.masked_fill_((centres < 0).unsqueeze(2) | like.isnan(), -torch.inf).max(-1)
     found = centres.gather(2, at.view(batch, heads, -1))
     return found.masked_fill(~(best >= tau) | (sources < 0), -1)
+
+
+def _run_match(key: Tensor, value: Tensor, sources: Tensor, centres: Tensor, tau: float) -> Tensor:
+    # On a GPU the reference is two matrix products and a maximum: there is no kernel to gain from.
+    if not key.is_cpu or key.dtype is not value.dtype or resolve(_MATCH, _MERGE, key, value) != "native":
+        return _match_reference(key, value, sources, centres, tau)
+    key, value = _checks.row_major(key), _checks.row_major(value)
+    out = torch.empty_like(sources)
+    status = native().best_match(
+        tuple(x.data_ptr() for x in (key, value, sources, centres, out)),
+        (*key.stride()[:3], *value.stride()[:3]),
+        (*key.shape, value.shape[3], sources.shape[2], centres.shape[2]),
+        tau,
+        DTYPE_CODES[key.dtype],
+        torch.get_num_threads(),
+    )
+    _checks.raise_status(_MATCH, status)
+    return out
+
+
+_match = torch.library.custom_op("gossamer::best_match", _run_match, mutates_args=())
+
+
+@_match.register_fake
+def _match_fake(key: Tensor, value: Tensor, sources: Tensor, centres: Tensor, tau: float) -> Tensor:
+    return torch.empty_like(sources)
