@@ -49,12 +49,18 @@ def test_a_step_attends_to_rows_rounded_by_the_formula(bits, value_bits, key_axi
         assert layer.split == split
         key, value = stream.key[i, :, :, :last], stream.value[i, :, :, :last]
         old = key[:, :, :split]
-        old = by_formula(old, bits, 3) if key_axis == "token" else by_formula(old.unflatten(2, (-1, 8)), bits, 3).flatten(2, 3)
+        old = (
+            by_formula(old, bits, 3)
+            if key_axis == "token"
+            else by_formula(old.unflatten(2, (-1, 8)), bits, 3).flatten(2, 3)
+        )
         key = torch.cat([old, key[:, :, split:]], 2)
         value = torch.cat([by_formula(value[:, :, :split], value_bits or bits, 3), value[:, :, split:]], 2)
         torch.testing.assert_close(layer.keys, key, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(layer.values, value, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(out[i, :, :, -1], attend(stream.query[i, :, :, last - 1], key, value), atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(
+            out[i, :, :, -1], attend(stream.query[i, :, :, last - 1], key, value), atol=2e-3, rtol=2e-3
+        )
 
 
 def test_a_block_is_exact_within_itself():
@@ -91,10 +97,17 @@ def test_layers_left_in_full_precision():
 
 
 def test_settings_and_models_that_cannot_be():
-    for settings in ({"bits": 3}, {"key_axis": "row"}, {"group": 0}, {"residual": -1}, {"residual": 60000, "group": 60000}):
+    for settings in (
+        {"bits": 3},
+        {"key_axis": "row"},
+        {"group": 0},
+        {"residual": -1},
+        {"residual": 60000, "group": 60000},
+    ):
         with pytest.raises(InputError) as error:
             RTNKV(**settings)
-        assert "\n" not in str(error.value) and "rtn-kv" in str(error.value)
+        assert "\n" not in str(error.value)
+        assert "rtn-kv" in str(error.value)
     from gossamer.models import tiny_model
 
     odd = tiny_model("llama", head_dim=24)
@@ -196,8 +209,11 @@ def test_every_eviction_method_runs_on_codes_per_token(slug, settings):
             outs.append(stream.feed(handle, 40, *[1] * 24)[:, :, :, 40:])
         positions.append([layer.positions for layer in stream.cache.layers])
         layer = stream.cache.layers[0]
-        assert layer.length <= 16 + (24 if slug == "snapkv" else 0) and layer.get_seq_length() == 64
-    same = torch.stack([(a[..., None] == b[..., None, :]).any(-1).float().mean() for a, b in zip(*positions, strict=True)])
+        assert layer.length <= 16 + (24 if slug == "snapkv" else 0)
+        assert layer.get_seq_length() == 64
+    same = torch.stack(
+        [(a[..., None] == b[..., None, :]).any(-1).float().mean() for a, b in zip(*positions, strict=True)]
+    )
     assert float(same.mean()) > 0.9  # the same rows survive, but for near ties
     assert (outs[1] - outs[0]).abs().median() < 0.02
 

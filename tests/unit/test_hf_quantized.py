@@ -29,10 +29,13 @@ def filled(format, rows, batch=2, heads=3, seed=0, step=None):
 def test_old_rows_are_codes_and_new_rows_exact(format, step):
     layer, key, value = filled(format, 50, step=step)
     assert layer.length == layer.get_seq_length() == 50
-    assert layer.split % 8 == 0 and 4 <= 50 - layer.split < 12
+    assert layer.split % 8 == 0
+    assert 4 <= 50 - layer.split < 12
     assert torch.equal(layer.key_rows(layer.split, 50), key[:, :, layer.split :])
     assert torch.equal(layer.value_rows(layer.split, 50), value[:, :, layer.split :])
-    torch.testing.assert_close(layer.keys, key, atol=0.02, rtol=0.02)  # half a step of 8 bits over six sigma, bfloat16 scales
+    torch.testing.assert_close(
+        layer.keys, key, atol=0.02, rtol=0.02
+    )  # half a step of 8 bits over six sigma, bfloat16 scales
     torch.testing.assert_close(layer.values, value, atol=0.3 if format.value_bits == 4 else 0.02, rtol=0.02)
     assert torch.equal(layer.key_rows(3, 49), layer.keys[:, :, 3:49])
 
@@ -46,7 +49,7 @@ def test_rows_do_not_depend_on_how_they_came():
 
 
 def test_update_without_a_runtime_returns_rows_exact_within_the_block():
-    layer, key, value = filled(CHANNEL, 20)
+    layer, key, _value = filled(CHANNEL, 20)
     fresh = torch.randn(2, 3, 30, 16)
     got, _ = layer.update(fresh, fresh)
     assert torch.equal(got[:, :, 20:], fresh)
@@ -65,9 +68,10 @@ def test_true_bytes():
 @pytest.mark.parametrize("format", [TOKEN, CHANNEL])
 @pytest.mark.parametrize("left", [48, 41, 40, 17, 0])
 def test_crop(format, left):
-    layer, key, value = filled(format, 50, step=1)
+    layer, key, _value = filled(format, 50, step=1)
     layer.crop(left - 50)
-    assert layer.length == left and layer.split <= left
+    assert layer.length == left
+    assert layer.split <= left
     torch.testing.assert_close(layer.keys, key[:, :, :left], atol=0.02, rtol=0.02)
     fresh = torch.randn(2, 3, 20, 16)
     layer.update(fresh, fresh)
@@ -153,7 +157,8 @@ def test_batch_changes_and_what_follows_them(make):
     layer.batch_select_indices(torch.tensor([3]))
     assert torch.equal(layer.keys, before[:1])
     layer.reset()
-    assert not layer.is_initialized and layer.nbytes == layer.length == 0
+    assert not layer.is_initialized
+    assert layer.nbytes == layer.length == 0
 
 
 def test_a_deep_copy_is_another_cache():
@@ -191,7 +196,10 @@ def test_a_model_on_a_quantised_cache(tiny_model, family):
         cache = GossamerCache()
         parts = [model(ids[:, :30], attention_mask=mask[:, :30], past_key_values=cache).logits]
         parts.append(model(ids[:, 30:40], attention_mask=mask[:, :40], past_key_values=cache).logits)
-        parts += [model(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache).logits for t in range(40, 60)]
+        parts += [
+            model(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache).logits
+            for t in range(40, 60)
+        ]
         assert all(isinstance(layer, QuantizedKVLayer) for layer in cache.layers)
         got = torch.cat(parts, 1)
         assert torch.equal(got[0, :30], expected[0, :30]) or torch.allclose(got[0, :30], expected[0, :30], atol=1e-4)
@@ -203,7 +211,8 @@ def test_a_model_on_a_quantised_cache(tiny_model, family):
         runtime.detach()
         # Detached, the cache still serves the plain model: dequantised rows.
         plain = model(ids[:, :1], attention_mask=torch.cat([mask, mask[:, -1:]], 1), past_key_values=cache).logits
-        assert bool(plain.isfinite().all()) and cache.get_seq_length() == 61
+        assert bool(plain.isfinite().all())
+        assert cache.get_seq_length() == 61
         assert model(ids, attention_mask=mask).logits.equal(expected)
 
 
@@ -217,5 +226,6 @@ def test_an_existing_cache_is_taken_over(tiny_model):
         runtime = AttentionRuntime(model, storage=Storage(KVFormat(8, 8, group=8, residual=4)))
         got = model(ids[:, :1], past_key_values=cache).logits
         runtime.detach()
-    assert isinstance(cache.layers[0], QuantizedKVLayer) and cache.layers[0].split == 32
+    assert isinstance(cache.layers[0], QuantizedKVLayer)
+    assert cache.layers[0].split == 32
     torch.testing.assert_close(got, expected, atol=0.2, rtol=0.1)

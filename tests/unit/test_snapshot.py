@@ -50,7 +50,11 @@ def ids(length=64, batch=2, seed=3):
 
 def steps(model, cache, tokens, mask, first, last):
     return torch.cat(
-        [model(tokens[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache).logits for t in range(first, last)], 1
+        [
+            model(tokens[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache).logits
+            for t in range(first, last)
+        ],
+        1,
     )
 
 
