@@ -40,13 +40,12 @@ class ExactTopKPolicy(SelectingPolicy):
 
     def scores(self, layer: LayerView, query: Tensor, length: int) -> Tensor:
         """``[batch, heads, length]``."""
-        key, _ = layer.rows(length)
-        return ops.key_scores(query, key.to(query.device))
+        return ops.key_scores(query, layer.key_rows(0, length).to(query.device))
 
     def score_bytes(self, layer: LayerView, length: int) -> int:
         """All keys."""
-        key, _ = layer.rows(length)
-        return key.numel() * key.element_size()
+        kv = layer.kv
+        return kv.batch * kv.heads * length * layer.runtime.shape.head_dim * kv.dtype.itemsize
 
     def select(self, layer: LayerView, query: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Top rows by `scores`."""

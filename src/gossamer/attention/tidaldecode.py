@@ -153,8 +153,7 @@ class TidalPolicy(SelectingPolicy):
 
     def choose(self, layer: LayerView, query: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """The rows with this layer's highest true scores, per query head."""
-        key, _ = layer.rows(length)
-        scores = ops.key_scores(query, key.to(query.device))
+        scores = ops.key_scores(query, layer.key_rows(0, length).to(query.device))
         if self.method.keep_current:
             scores[:, :, -1] = float("inf")
         return ops.select_topk(scores, self.budget(length), starts=layer.starts)

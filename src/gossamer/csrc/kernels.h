@@ -219,6 +219,22 @@ struct MatchArgs {
   int threads;
 };
 
+// Keys or values as codes (layout: ops/quantized_kv.py).
+struct QuantizedRows {
+  const uint8_t* codes;      // [B,Hkv,S,bytes]
+  const void *step, *zero;   // [B,Hkv,S], or [B,Hkv,groups,d] with a group
+  int64_t c_batch, c_head, c_row, s_batch, s_head, s_row;
+  int64_t group;  // rows that share the scales of a channel; 0: scales per row
+  int bits;
+};
+
+struct QuantizedArgs {
+  AttentionArgs attention;  // its key and value are the rows from `split` on
+  QuantizedRows key, value;
+  int64_t split;
+  DType scales;
+};
+
 struct Kernels {
   const char* name;
   Status (*decode_attention)(const AttentionArgs&);
@@ -238,6 +254,7 @@ struct Kernels {
   Status (*vertical_slash_attention)(const VerticalSlashArgs&);
   Status (*vertical_slash_index)(const VerticalSlashArgs&);
   Status (*best_match)(const MatchArgs&);
+  Status (*quantized_attention)(const QuantizedArgs&);
 };
 
 #define GOSSAMER_DECLARE_KERNELS(isa)                      \
@@ -259,6 +276,7 @@ struct Kernels {
   Status vertical_slash_attention(const VerticalSlashArgs&); \
   Status vertical_slash_index(const VerticalSlashArgs&);   \
   Status best_match(const MatchArgs&);                     \
+  Status quantized_attention(const QuantizedArgs&);        \
   }
 GOSSAMER_DECLARE_KERNELS(baseline)
 GOSSAMER_DECLARE_KERNELS(avx2)

@@ -11,7 +11,8 @@ from gossamer.ops.labels import LabelCache, append_labels, label_scores
 from gossamer.ops.linear import linear
 from gossamer.ops.memory import advise_huge_pages
 from gossamer.ops.merge_rows import best_match, merge_rows
-from gossamer.ops.prepared import PreparedAttention, PreparedLabelAttention
+from gossamer.ops.prepared import Prepared, PreparedAttention, PreparedLabelAttention, PreparedQuantizedAttention
+from gossamer.ops.quantized_kv import QuantizedRows, dequantize_rows, quantize_rows, quantized_decode_attention
 from gossamer.ops.select_topk import select_topk
 from gossamer.ops.tree_search import tree_search
 from gossamer.ops.vertical_slash_attention import (
@@ -22,8 +23,11 @@ from gossamer.ops.vertical_slash_attention import (
 
 __all__ = [
     "LabelCache",
+    "Prepared",
     "PreparedAttention",
     "PreparedLabelAttention",
+    "PreparedQuantizedAttention",
+    "QuantizedRows",
     "VerticalSlashIndex",
     "advise_huge_pages",
     "append_labels",
@@ -33,12 +37,15 @@ __all__ = [
     "block_sparse_attention",
     "compact_rows",
     "decode_attention",
+    "dequantize_rows",
     "key_scores",
     "label_attention",
     "label_scores",
     "linear",
     "merge_attention",
     "merge_rows",
+    "quantize_rows",
+    "quantized_decode_attention",
     "select_topk",
     "set_isa",
     "tree_search",
