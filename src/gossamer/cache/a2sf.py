@@ -34,7 +34,8 @@ from gossamer.cache.base import (
 from gossamer.calibration import Calibration
 from gossamer.errors import InputError
 from gossamer.hf import CachePolicy, LayerView, ModelShape, PrefillPolicy, dense_attention
-from gossamer.ops.attention_statistics import attention_columns, attention_row
+from gossamer.ops.attention_row import attention_row, decode_attention_with_row
+from gossamer.ops.attention_statistics import attention_columns
 from gossamer.patterns import Budget
 from gossamer.registry import register
 
@@ -111,7 +112,7 @@ def read_by_rows(
         The output ``[batch, heads, new, d]``, the ids of the rows left (int64 ``[batch, kv_heads, min(rows, budget)]``,
         ascending) and their scores.
     """
-    batch, heads, new, dim = query.shape
+    batch, _, new, dim = query.shape
     kv_heads, rows = key.shape[1], key.shape[2]
     old = rows - new
     together = min(new, max(1, budget + 1 - old))  # until the budget is full, nothing goes: those rows need no loop
@@ -129,31 +130,40 @@ def read_by_rows(
     place = torch.cat([ids, ids.new_full((batch, kv_heads, 1), -1)], 2)
     total = torch.cat([scores.gather(2, ids), scores.new_zeros(batch, kv_heads, 1)], 2)
     index = place.clamp_min(0)[..., None].expand(-1, -1, -1, dim)
-    near_key, near_value = key.gather(2, index).float(), value.gather(2, index).float()
+    near_key, near_value = key.gather(2, index), value.gather(2, index)
     free = ids.new_full((batch, kv_heads, 1), budget)
-    grouped = (query.float() * scale).reshape(batch, kv_heads, heads // kv_heads, new, dim)
     outs = [out]
-    first = None if starts is None else starts[:, None, None]
+    # Not scatter_: torch's copies the whole of a bfloat16 tensor.
+    sequence, head = torch.arange(batch, device=key.device)[:, None], torch.arange(kv_heads, device=key.device)
     for row in range(seen, rows):
-        wide = free[..., None].expand(-1, -1, -1, dim)
-        near_key.scatter_(2, wide, key[:, :, row : row + 1].float())
-        near_value.scatter_(2, wide, value[:, :, row : row + 1].float())
+        slot = (sequence, head, free[..., 0])
+        near_key[slot], near_value[slot] = key[:, :, row], value[:, :, row]
         place.scatter_(2, free, row)
         total.scatter_(2, free, 0.0)
-        logits = grouped[:, :, :, row - old] @ near_key.transpose(2, 3)
-        if first is not None:  # a query in the padding reads itself, and counts for nothing
-            logits.masked_fill_(((place < first) & (place != row)).unsqueeze(2), -torch.inf)
-        probs = logits.softmax(-1)
-        outs.append((probs @ near_value).flatten(1, 2).unsqueeze(2).to(query.dtype))
-        total.mul_(alpha).add_(probs.sum(2))
-        if first is not None:
-            total.masked_fill_(place < first, 0.0)
+        if starts is None:
+            out, received = decode_attention_with_row(query[:, :, row - old], near_key, near_value, scale=scale)
+        else:
+            out, received = _padded_step(query[:, :, row - old], near_key, near_value, place, row, starts, scale)
+        outs.append(out.unsqueeze(2))
+        total.mul_(alpha).add_(received)
         lowest = protect(total, recent=recent, sink=sink, starts=starts, rows=place)
         tied = lowest == lowest.amin(2, keepdim=True)
         free = place.masked_fill(~tied, rows).argmin(2, keepdim=True)
     place.scatter_(2, free, rows)  # the last to go
     ids, order = place.sort(2)
     return torch.cat(outs, 2), ids[:, :, :budget], total.gather(2, order)[:, :, :budget]
+
+
+def _padded_step(
+    query: Tensor, key: Tensor, value: Tensor, place: Tensor, row: int, starts: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """One step over slots of which some hold padding; a query in the padding reads itself, and counts for nothing."""
+    padding = place < starts[:, None, None]
+    grouped = query.float().unflatten(1, (key.shape[1], -1)) * scale
+    logits = grouped @ key.float().transpose(2, 3)
+    probs = logits.masked_fill_((padding & (place != row)).unsqueeze(2), -torch.inf).softmax(-1)
+    out = (probs @ value.float()).flatten(1, 2).to(query.dtype)
+    return out, probs.sum(2).masked_fill_(padding, 0.0)
 
 
 class ScoredPolicy(EvictingPolicy):

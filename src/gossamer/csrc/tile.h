@@ -86,7 +86,10 @@ __attribute__((noinline)) void tiles(const K* key, int64_t key_row, int64_t coun
   vf best[kVectors];
   for (int v = 0; v < kVectors; ++v) best[v] = splat(-kInf);
   int64_t r = 0;
-  for (; r + kKeys <= count; r += kKeys) tile<K, kKeys>(key + r * key_row, key_row, rows, dim, out + r * kWide, best);
+  for (; r + kKeys <= count; r += kKeys) {
+    for (int64_t i = r + kKeys; i < r + 2 * kKeys; ++i) prefetch_row(key + i * key_row, dim * int64_t(sizeof(K)));
+    tile<K, kKeys>(key + r * key_row, key_row, rows, dim, out + r * kWide, best);
+  }
   for (; r < count; ++r) tile<K, 1>(key + r * key_row, key_row, rows, dim, out + r * kWide, best);
   for (int v = 0; v < kVectors; ++v) store(maxima + v * kLanes, best[v]);
 }

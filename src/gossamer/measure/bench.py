@@ -154,11 +154,12 @@ def run(
                 getattr(_Case(n, DTYPES[dtype], heads, kv_heads, head_dim, token_ratio, channels, label_bits), op)()
                 for n in (context, 64)
             )
+            rate = gemm_rate(DTYPES[dtype]) if variants[0].flops else 0.0
             times, bandwidth = _interleave(variants, tiny, repeats, probe)
             shape = {"context": context, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
             found = _rows({"op": op, "dtype": dtype, **shape}, variants, times, bandwidth)
             if variants[0].flops:
-                _add_flops(found, variants, times, gemm_rate(DTYPES[dtype]))
+                _add_flops(found, variants, times, max(rate, gemm_rate(DTYPES[dtype])))
             rows += found
     return rows
 
