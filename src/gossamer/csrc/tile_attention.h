@@ -422,6 +422,8 @@ class TileAttention {
       groups<kDown<V>>(edge ? seen(now, i * kLanes, V * kLanes) : keys, [&](auto down, int64_t k) GOSSAMER_LAMBDA {
         constexpr int R = decltype(down)::value;
         if (i == 0 && jump) fetch(soon, key, a.k_row, k, R);
+        for (int64_t r = k + R; r < imin(k + 2 * R, keys); ++r)  // rows that lie apart are no stream: into L1 by hand
+          for (int64_t c = 0; c < words; c += 16) __builtin_prefetch(rows[r] + c, 0, 3);
         score_rows<T, R, V>(rows + k, queries + i * kLanes, words, scores + k * kQueries + i * kLanes);
       });
     });
