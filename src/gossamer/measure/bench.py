@@ -23,7 +23,14 @@ from gossamer import ops
 from gossamer.errors import InputError, UnknownNameError
 from gossamer.measure.bandwidth import ReadBandwidth
 
-OPERATORS = ("decode_attention", "label_attention", "label_scores", "linear", "select_topk")
+OPERATORS = (
+    "decode_attention",
+    "label_attention",
+    "label_scores",
+    "linear",
+    "quantized_decode_attention",
+    "select_topk",
+)
 #: Weights [inputs, outputs] that ``linear`` is timed on, and the rows of x.
 WEIGHTS = {
     "SmolLM2 up": (576, 1536),
@@ -66,8 +73,9 @@ def run(
     ----------
     op
         ``decode_attention`` (torch SDPA, our dense kernel, Double Sparsity), ``label_attention`` (the same cases and
-        each reduction), ``label_scores``, ``select_topk``, or ``linear`` (the weights in ``WEIGHTS`` times 1, 4 and 8
-        rows; contexts and the shape of the attention don't matter to it).
+        each reduction), ``label_scores``, ``select_topk``, ``quantized_decode_attention`` (8, 4 and 2 bits, keys per channel
+        in groups of 64 or per token, all rows and the sparse share of them), or ``linear`` (the weights in ``WEIGHTS`` times
+        1, 4 and 8 rows; contexts and the shape of the attention don't matter to it).
     contexts
         Cached tokens.
     dtypes
@@ -224,6 +232,49 @@ class _Case:
             Variant("torch-topk", lambda: torch.topk(scores, self.k, sorted=False), nbytes),
             Variant("native", lambda: ops.select_topk(scores, self.k), nbytes),
         ]
+
+    def quantized_decode_attention(self) -> list[Variant]:
+        dense = self.context * self.kv_heads * self.row_bytes
+        query, ids = self.query, torch.rand(1, self.kv_heads, self.context).argsort(-1)[..., : self.k].int()
+        variants = [
+            Variant("torch-sdpa", self._sdpa, dense),
+            Variant("dense", lambda: ops.decode_attention(query, self.key, self.value), dense),
+            Variant(
+                "listed",
+                lambda: ops.decode_attention(query, self.key, self.value, indices=ids),
+                self.k * self.kv_heads * self.row_bytes,
+            ),
+        ]
+        for bits in (8, 4, 2):
+            for axis in ("channel", "token"):
+                key, value = self._quantized(self.key, bits, axis), self._quantized(self.value, bits, "token")
+                nbytes = key.nbytes(self.context) + value.nbytes(self.context)
+                variants.append(
+                    Variant(
+                        f"{bits}-bit keys-per-{axis}",
+                        lambda key=key, value=value: ops.quantized_decode_attention(query, key, value),  # type: ignore[misc]
+                        nbytes,
+                    )
+                )
+                if axis == "token":
+                    variants.append(
+                        Variant(
+                            f"{bits}-bit listed",
+                            lambda key=key, value=value: ops.quantized_decode_attention(query, key, value, indices=ids),  # type: ignore[misc]
+                            nbytes * self.k // self.context,
+                        )
+                    )
+        return variants
+
+    @staticmethod
+    def _quantized(rows: Tensor, bits: int, axis: Any) -> ops.QuantizedRows:
+        storage = ops.QuantizedRows.allocate(
+            *rows.shape, bits=bits, axis=axis, group=64 if axis == "channel" else None, scales=torch.bfloat16
+        )
+        for part in storage.tensors():
+            ops.advise_huge_pages(part)
+        ops.quantize_rows(rows, storage, 0)
+        return storage
 
     def _sdpa(self) -> Tensor:
         return torch.nn.functional.scaled_dot_product_attention(
