@@ -1,6 +1,6 @@
 // One query per sequence over quantised rows (layout and contract: ops/quantized_kv.py), and over recent rows in full.
 //
-// Scores. Sixteen rows at a time are turned into a tile as the label cache has them (score.h), four bytes of each row side
+// Scores. Sixteen rows are turned into a tile as the label cache has them (score.h), four bytes of each row side
 // by side, and multiplied there by the query as two int8 digits: 15 bits of it, exact sums. Scales are applied to whole
 // rows or, per channel, to the query once for a group of rows.
 //
@@ -64,7 +64,25 @@ GOSSAMER_INLINE float code_at(const uint8_t* row, int64_t c) {
 // Sixteen rows of `bytes` as words: tile[word][row] is four bytes.
 void to_tile(const uint8_t* const* rows, int64_t bytes, uint8_t* tile) {
   int64_t at = 0;
-#if defined(GOSSAMER_AVX512) || defined(GOSSAMER_AVX2)
+#if defined(GOSSAMER_AVX512)
+  for (; at + 16 <= bytes; at += 16) {
+    // Lane l of x[i] is a piece of row 4 * l + i; a transposition within lanes brings equal words together.
+    __m512i x[4];
+    for (int i = 0; i < 4; ++i) {
+      const auto get = [&](int r) GOSSAMER_LAMBDA { return _mm_loadu_si128((const __m128i*)(rows[r + i] + at)); };
+      const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(get(0)), get(4), 1);
+      const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(get(8)), get(12), 1);
+      x[i] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+    }
+    const __m512i ab = _mm512_unpacklo_epi32(x[0], x[1]), AB = _mm512_unpackhi_epi32(x[0], x[1]);
+    const __m512i cd = _mm512_unpacklo_epi32(x[2], x[3]), CD = _mm512_unpackhi_epi32(x[2], x[3]);
+    __m512i* out = (__m512i*)(tile + at * 16);
+    _mm512_storeu_si512(out, _mm512_unpacklo_epi64(ab, cd));
+    _mm512_storeu_si512(out + 1, _mm512_unpackhi_epi64(ab, cd));
+    _mm512_storeu_si512(out + 2, _mm512_unpacklo_epi64(AB, CD));
+    _mm512_storeu_si512(out + 3, _mm512_unpackhi_epi64(AB, CD));
+  }
+#elif defined(GOSSAMER_AVX2)
   for (; at + 16 <= bytes; at += 16)
     for (int r = 0; r < 16; r += 4) {
       const auto get = [&](int i) GOSSAMER_LAMBDA { return _mm_loadu_si128((const __m128i*)(rows[r + i] + at)); };
@@ -135,20 +153,24 @@ void to_digits(const float* q, const S* step, const S* zero, int64_t dim, float 
   out.scale = by, out.base = base, out.plus = (hsum(lost) + rest) * middle;
 }
 
-// logits[g][0 .. 16) of the rows of a tile, before the softmax scale. step and zero: of the rows, or null.
+constexpr int kPair = 2 * kTokens;  // rows whose scores are summed at a time: two tiles share what is read of the query
+
+// logits[g][0 .. 32) of the rows of two tiles, before the softmax scale. step and zero: of the rows, or null.
 template <int C, int G, int Digit>
-void dot_tile16(const uint8_t* tile, int64_t words, const Digits* q, const float* step, const float* zero, float* logits) {
-  const int32_t* quads[Digit * G];
+void dot_tiles(const uint8_t* tiles, int64_t words, const Digits* q, const float* step, const float* zero, float* logits) {
+  constexpr int N = Digit * G;
+  const int32_t* quads[N];
   for (int g = 0; g < G; ++g) {
     quads[Digit * g] = reinterpret_cast<const int32_t*>(q[g].high);
     if constexpr (Digit == 2) quads[2 * g + 1] = reinterpret_cast<const int32_t*>(q[g].low);
   }
-  TileScores dot[Digit * G];
-  dot_codes<C, Digit * G>(tile, words, quads, dot);
+  TileScores dot[2 * N];
+  dot_codes<C, N, 2>(tiles, words, quads, dot);
   for (int g = 0; g < G; ++g)
-    for (int i = 0; i < kVectors; ++i) {
-      vf x = dot[Digit * g].v[i];
-      if constexpr (Digit == 2) x = x * 256.0f + dot[2 * g + 1].v[i];
+    for (int i = 0; i < 2 * kVectors; ++i) {
+      const TileScores* of = dot + i / kVectors * N + Digit * g;
+      vf x = of->v[i % kVectors];
+      if constexpr (Digit == 2) x = x * 256.0f + of[1].v[i % kVectors];
       x = fma(x, splat(q[g].scale), splat(q[g].plus));
       store(logits + g * kBlock + i * kLanes,
             step ? fma(x, load(step + i * kLanes), load(zero + i * kLanes) * q[g].base) : x + q[g].base);
@@ -273,8 +295,8 @@ GOSSAMER_INLINE void add_places(const uint8_t* rows, int64_t row_step, int64_t q
       const __m512i x = _mm512_set1_epi32(hw), y = _mm512_set1_epi32(lw);
       GOSSAMER_UNROLL
       for (int i = 0; i < N; ++i) {
-        h[g][i] = _mm512_dpbusd_epi32(h[g][i], x, code[i]);
-        l[g][i] = _mm512_dpbusd_epi32(l[g][i], y, code[i]);
+        add_products(h[g][i], x, code[i]);
+        add_products(l[g][i], y, code[i]);
       }
     }
   }
@@ -364,7 +386,7 @@ class QuantizedAttention : public Pieces<T, QuantizedAttention<T, S>> {
       w.folded = take(stride), w.group_step = take(stride), w.group_zero = take(stride), w.sums = take(4 * stride);
       uint8_t* p = bytes + t * byte_count();
       const auto claim = [&](int64_t count) { return p += count, p - count; };
-      w.tile = claim(16 * a.dim + 64), w.buffer = claim(buffer_size());
+      w.tile = claim(kPair * a.dim + 64), w.buffer = claim(buffer_size());
       w.high = claim(4 * kBlock), w.low = claim(4 * kBlock);
       w.digits = reinterpret_cast<int8_t*>(claim(group_heads * 2 * digits_at));
       w.queries = reinterpret_cast<Digits*>(claim(group_heads * int64_t(sizeof(Digits)) + 64));
@@ -401,7 +423,7 @@ class QuantizedAttention : public Pieces<T, QuantizedAttention<T, S>> {
   }
   int64_t buffer_size() const { return imax(kBuffer, 64 * v_bytes) + 64; }
   int64_t byte_count() const {
-    const int64_t count = 16 * a.dim + 64 + buffer_size() + 8 * kBlock + group_heads * (2 * digits_at + int64_t(sizeof(Digits))) + 64;
+    const int64_t count = kPair * a.dim + 64 + buffer_size() + 8 * kBlock + group_heads * (2 * digits_at + int64_t(sizeof(Digits))) + 64;
     return ceil_div(count, 64) * 64;
   }
 
@@ -521,7 +543,7 @@ class QuantizedAttention : public Pieces<T, QuantizedAttention<T, S>> {
   void score(Work& w, const Side<S>& key, int64_t count, int64_t k_bytes) {
     if (!x.key.group) {
       gather(key.step, w.old_ids, count, w.step), gather(key.zero, w.old_ids, count, w.zero);
-      for (int64_t i = 0; i < count; i += 16) tile(w, i, imin(16, count - i), k_bytes, w.step + i, w.zero + i);
+      for (int64_t i = 0; i < count; i += kPair) tile(w, i, imin(kPair, count - i), k_bytes, w.step + i, w.zero + i);
       return;
     }
     for (int64_t i = 0, end; i < count; i = end) {
@@ -540,7 +562,7 @@ class QuantizedAttention : public Pieces<T, QuantizedAttention<T, S>> {
           to_digits<S>(w.query + g * stride, key.step + line, key.zero + line, a.dim, middle, w.folded, w.queries[g]);
         w.key_group = line;
       }
-      for (int64_t r = i; r < end; r += 16) tile(w, r, imin(16, end - r), k_bytes, nullptr, nullptr);
+      for (int64_t r = i; r < end; r += kPair) tile(w, r, imin(kPair, end - r), k_bytes, nullptr, nullptr);
     }
   }
 
@@ -549,10 +571,11 @@ class QuantizedAttention : public Pieces<T, QuantizedAttention<T, S>> {
       prefetch_row(w.values[i], v_bytes);
       if (!a.indices) prefetch_row(w.keys[i] + kAhead * x.key.c_row, k_bytes);
     }
-    to_tile(w.keys + at, k_bytes, w.tile);  // a short run takes rows of the next along: their scores are overwritten
+    to_tile(w.keys + at, k_bytes, w.tile);
+    to_tile(w.keys + at + (rows > kTokens ? kTokens : 0), k_bytes, w.tile + k_bytes * kTokens);  // a short run takes rows of the next along: their scores are overwritten
     for_heads<kHeads>(x.key.bits, [&](auto c, auto n, int64_t g) {
-      const auto dot = two ? dot_tile16<c.value, n.value, 2> : dot_tile16<c.value, n.value, 1>;
-      if (at + 16 <= kBlock) {
+      const auto dot = two ? dot_tiles<c.value, n.value, 2> : dot_tiles<c.value, n.value, 1>;
+      if (at + kPair <= kBlock) {
         dot(w.tile, k_bytes / 4, w.queries + g, step, zero, w.logits + g * kBlock + at);
       } else {
         alignas(64) float some[n.value][kBlock];

@@ -23,24 +23,43 @@ struct TileScores {
   vf v[kVectors];
 };
 
-// Sums over packed channels, exactly: dot[g][token] = sum of code * int8 query.
-template <int C, int G>
+// Sums over packed channels, exactly: dot[t * G + g][token] = sum of code * int8 query, for tiles `words` apart.
+template <int C, int G, int Tiles = 1>
 GOSSAMER_INLINE void dot_codes(const uint8_t* codes, int64_t words, const int32_t* const* quads, TileScores* dot) {
   constexpr int kSub = 8 / C;
 #if defined(GOSSAMER_AVX512)
   const __m512i mask = _mm512_set1_epi8(char((1 << C) - 1));
-  __m512i sum[G] = {};
+  __m512i sum[Tiles][G];
+#pragma GCC unroll 8
+  for (int t = 0; t < Tiles; ++t)
+#pragma GCC unroll 8
+    for (int g = 0; g < G; ++g) sum[t][g] = __m512i{};
   for (int64_t w = 0; w < words; ++w) {
-    const __m512i word = _mm512_loadu_si512(codes + w * 64);
+    __m512i word[Tiles];
+#pragma GCC unroll 8
+    for (int t = 0; t < Tiles; ++t) word[t] = _mm512_loadu_si512(codes + (t * words + w) * 64);
 #pragma GCC unroll 8
     for (int n = 0; n < kSub; ++n) {
-      const __m512i code = C == 8 ? word : _mm512_and_si512(_mm512_srli_epi32(word, n * C), mask);
+      __m512i code[Tiles];
 #pragma GCC unroll 8
-      for (int g = 0; g < G; ++g) sum[g] = _mm512_dpbusd_epi32(sum[g], code, _mm512_set1_epi32(quads[g][w * kSub + n]));
+      for (int t = 0; t < Tiles; ++t) code[t] = C == 8 ? word[t] : _mm512_and_si512(_mm512_srli_epi32(word[t], n * C), mask);
+#pragma GCC unroll 8
+      for (int g = 0; g < G; ++g) {
+        const __m512i quad = _mm512_set1_epi32(quads[g][w * kSub + n]);
+#pragma GCC unroll 8
+        for (int t = 0; t < Tiles; ++t) add_products(sum[t][g], code[t], quad);
+      }
     }
   }
-  for (int g = 0; g < G; ++g) dot[g].v[0] = _mm512_cvtepi32_ps(sum[g]);
+#pragma GCC unroll 8
+  for (int t = 0; t < Tiles; ++t)
+#pragma GCC unroll 8
+    for (int g = 0; g < G; ++g) dot[t * G + g].v[0] = _mm512_cvtepi32_ps(sum[t][g]);
 #elif defined(GOSSAMER_AVX2)
+  if constexpr (Tiles > 1) {
+    for (int t = 0; t < Tiles; ++t) dot_codes<C, G>(codes + t * words * 64, words, quads, dot + t * G);
+    return;
+  }
   // maddubs saturates at 16 bits, so 8-bit codes go through it as two nibbles: 2 * 15 * 127 fits.
   const __m256i mask = _mm256_set1_epi8(char((1 << (C == 8 ? 4 : C)) - 1)), ones = _mm256_set1_epi16(1);
   __m256i sum[G][2] = {}, high[G][2] = {};
@@ -66,6 +85,10 @@ GOSSAMER_INLINE void dot_codes(const uint8_t* codes, int64_t words, const int32_
     for (int half = 0; half < 2; ++half)
       dot[g].v[half] = _mm256_cvtepi32_ps(_mm256_add_epi32(sum[g][half], _mm256_slli_epi32(high[g][half], 4)));
 #else
+  if constexpr (Tiles > 1) {
+    for (int t = 0; t < Tiles; ++t) dot_codes<C, G>(codes + t * words * 64, words, quads, dot + t * G);
+    return;
+  }
   int32_t sum[G][kTokens] = {};
   for (int64_t w = 0; w < words; ++w)
     for (int n = 0; n < kSub; ++n)

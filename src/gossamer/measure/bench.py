@@ -29,12 +29,13 @@ from gossamer.ops.attention_statistics import attention_columns
 OPERATORS = (
     "attention_columns",
     "attention_row",
-    "compact_rows",
     "block_sparse_attention",
+    "compact_rows",
     "decode_attention",
     "label_attention",
     "label_scores",
     "linear",
+    "quantized_decode_attention",
     "select_topk",
     "vertical_slash_attention",
 )
@@ -83,10 +84,11 @@ def run(
     ----------
     op
         ``decode_attention`` (torch SDPA, our dense kernel, Double Sparsity), ``label_attention`` (the same cases and
-        each reduction), ``label_scores``, ``select_topk``, ``attention_columns`` (the last 256 rows of a prompt over the
-        context), ``attention_row`` (alone, and with the output, beside our dense kernel), ``compact_rows`` (one row of
-        the middle dropped, and every second row), or ``linear`` (the weights in ``WEIGHTS`` times 1, 4 and 8 rows;
-        contexts and the shape of the attention don't matter to it). ``block_sparse_attention`` and
+        each reduction), ``label_scores``, ``select_topk``, ``quantized_decode_attention`` (8, 4 and 2 bits, keys per channel
+        in groups of 64 or per token, all rows and the sparse share of them), ``attention_columns`` (the last 256 rows of a
+        prompt over the context), ``attention_row`` (alone, and with the output, beside our dense kernel), ``compact_rows``
+        (one row of the middle dropped, and every second row), or ``linear`` (the weights in ``WEIGHTS`` times 1, 4 and 8
+        rows; contexts and the shape of the attention don't matter to it). ``block_sparse_attention`` and
         ``vertical_slash_attention`` work on prompts of a shape of their own: see ``measure.bench_prefill``, also for
         what their rows hold. Of the parameters below they take ``contexts``, ``dtypes`` and ``seed``.
     contexts
@@ -302,6 +304,49 @@ class _Case:
             Variant("torch-topk", lambda: torch.topk(scores, self.k, sorted=False), nbytes),
             Variant("native", lambda: ops.select_topk(scores, self.k), nbytes),
         ]
+
+    def quantized_decode_attention(self) -> list[Variant]:
+        dense = self.context * self.kv_heads * self.row_bytes
+        query, ids = self.query, torch.rand(1, self.kv_heads, self.context).argsort(-1)[..., : self.k].int()
+        variants = [
+            Variant("torch-sdpa", self._sdpa, dense),
+            Variant("dense", lambda: ops.decode_attention(query, self.key, self.value), dense),
+            Variant(
+                "listed",
+                lambda: ops.decode_attention(query, self.key, self.value, indices=ids),
+                self.k * self.kv_heads * self.row_bytes,
+            ),
+        ]
+        for bits in (8, 4, 2):
+            for axis in ("channel", "token"):
+                key, value = self._quantized(self.key, bits, axis), self._quantized(self.value, bits, "token")
+                nbytes = key.nbytes(self.context) + value.nbytes(self.context)
+                variants.append(
+                    Variant(
+                        f"{bits}-bit keys-per-{axis}",
+                        lambda key=key, value=value: ops.quantized_decode_attention(query, key, value),  # type: ignore[misc]
+                        nbytes,
+                    )
+                )
+                if axis == "token":
+                    variants.append(
+                        Variant(
+                            f"{bits}-bit listed",
+                            lambda key=key, value=value: ops.quantized_decode_attention(query, key, value, indices=ids),  # type: ignore[misc]
+                            nbytes * self.k // self.context,
+                        )
+                    )
+        return variants
+
+    @staticmethod
+    def _quantized(rows: Tensor, bits: int, axis: Any) -> ops.QuantizedRows:
+        storage = ops.QuantizedRows.allocate(
+            *rows.shape, bits=bits, axis=axis, group=64 if axis == "channel" else None, scales=torch.bfloat16
+        )
+        for part in storage.tensors():
+            ops.advise_huge_pages(part)
+        ops.quantize_rows(rows, storage, 0)
+        return storage
 
     def _sdpa(self) -> Tensor:
         return torch.nn.functional.scaled_dot_product_attention(

@@ -340,8 +340,9 @@ def quantized_decode_attention(
     Returns
     -------
     [B, H, d] in the dtype of ``query``: what :func:`~gossamer.ops.decode_attention.decode_attention` gives for the
-    dequantised rows. Native kernels hold the products of codes to 15 bits of the query and 16 bits of the weights, each
-    relative to the largest of its kind. With ``return_lse`` also the float32 log-sum-exp [B, H].
+    dequantised rows. The native kernels hold the query, its steps folded in, to 15 bits of its largest channel (7 bits if
+    it is bfloat16 and codes have 2 or 4 bits, which lose ten times that themselves) and weights to 16 bits of the largest
+    of a block of rows. With ``return_lse`` also the float32 log-sum-exp [B, H].
 
     Raises
     ------
