@@ -22,6 +22,14 @@ PHASES = ("decode", "prefill", "cache", "storage")
 class PolicyMethod(Method):
     """Base of these methods: one fills one or more of `decode_policy`, `prefill_policy`, `cache_policy`, `storage_policy`."""
 
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """As in `Method`; a setting called `phases` says which phases of attention are taken."""
+        phases = getattr(self, "phases", None)
+        if phases is None:
+            return (self.slot,)
+        return tuple(f"attention.{phase}" for phase in ("prefill", "decode") if phases in (phase, "both"))
+
     def calibrate(self, model: nn.Module, tokens: Tensor) -> Calibration:
         """Learn what `attach` needs from token blocks ``[count, block]``.
 

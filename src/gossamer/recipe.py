@@ -58,10 +58,10 @@ class Recipe:
             raise RecipeError("a recipe needs at least one method")
         taken: dict[str, str] = {}
         for step in self.steps:
-            slot = step.method.slot
-            if slot != "none" and slot in taken:
-                raise RecipeError(f"{taken[slot]} and {step.method.slug} both take the slot {slot}: choose one")
-            taken[slot] = step.method.slug
+            for slot in step.method.slots:
+                if slot != "none" and slot in taken:
+                    raise RecipeError(f"{taken[slot]} and {step.method.slug} both take the slot {slot}: choose one")
+                taken[slot] = step.method.slug
 
     @classmethod
     def of(cls, *methods: Method | tuple[Method, Calibration | None]) -> Recipe:

@@ -115,6 +115,11 @@ class Method(BaseModel):
             got = "" if first["type"] == "extra_forbidden" else f" (got {first['input']!r})"
             raise InputError(f"{self.slug or type(self).__name__}: {where}: {message}{got}") from None
 
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """The places in a recipe that the method takes with these settings; `slot` unless it serves several phases."""
+        return (self.slot,)
+
     def settings(self) -> dict[str, Any]:
         """Hyperparameters that differ from their defaults: what a recipe file stores."""
         return self.model_dump(mode="json", exclude_defaults=True)

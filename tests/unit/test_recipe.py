@@ -78,3 +78,12 @@ def test_failing_to_attach_leaves_the_model_alone():
     with pytest.raises(GossamerError):
         Recipe.of(make("double-sparsity")).attach(model)
     assert model.config._attn_implementation == before
+
+
+def test_a_method_takes_the_slots_of_the_phases_it_serves():
+    Recipe.of(make("hip-attention", phases="prefill"), make("quest"))
+    Recipe.of(make("hip-attention", phases="decode"), make("tokenselect", phases="prefill"))
+    with pytest.raises(RecipeError, match=r"hip-attention and quest both take the slot attention\.decode"):
+        Recipe.of(make("hip-attention"), make("quest"))
+    with pytest.raises(RecipeError, match=r"both take the slot attention\.prefill"):
+        Recipe.of(make("hip-attention", phases="prefill"), make("tokenselect"))
