@@ -8,21 +8,26 @@ from gossamer.ops.labels import LabelCache, append_labels, label_scores
 from gossamer.ops.linear import linear
 from gossamer.ops.memory import advise_huge_pages
 from gossamer.ops.prepared import PreparedAttention, PreparedLabelAttention
+from gossamer.ops.quantized_kv import QuantizedRows, dequantize_rows, quantize_rows, quantized_decode_attention
 from gossamer.ops.select_topk import select_topk
 
 __all__ = [
     "LabelCache",
     "PreparedAttention",
     "PreparedLabelAttention",
+    "QuantizedRows",
     "advise_huge_pages",
     "append_labels",
     "available_backends",
     "available_isas",
     "decode_attention",
+    "dequantize_rows",
     "label_attention",
     "label_scores",
     "linear",
     "merge_attention",
+    "quantize_rows",
+    "quantized_decode_attention",
     "select_topk",
     "set_isa",
     "use_backend",
