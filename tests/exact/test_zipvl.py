@@ -356,7 +356,7 @@ def test_a_ragged_batch_fills_up_with_padding_then_with_the_next_best():
     scores = torch.tensor([[0.1, 0.4, 0.2, 0.3, 0.9], [-math.inf, -math.inf, 0.1, 0.2, 0.9]])
     chosen = [torch.tensor([1, 2, 3, 4]), torch.tensor([4])]
     assert rows_to_keep(chosen, scores).tolist() == [[1, 2, 3, 4], [0, 1, 3, 4]]
-    method, mask = ZipVL(tau=0.7, probes=(8, 8)), torch.ones(2, 64, dtype=torch.bool)
+    method, mask = ZipVL(tau=0.7, cache="evict", probes=(8, 8)), torch.ones(2, 64, dtype=torch.bool)
     mask[1, :40] = False
     stream = Stream()
     short = stream.pick(torch.tensor([1]), start=40)
@@ -372,7 +372,7 @@ def test_a_ragged_batch_fills_up_with_padding_then_with_the_next_best():
 def test_layers_with_a_window_are_left_as_they_are():
     model = tiny_model("gemma3")
     ids = torch.randint(1, 256, (1, 40), generator=torch.Generator().manual_seed(0))
-    with ZipVL(ratio=0.5, probes=(8, 8)).attach(model) as handle:
+    with ZipVL(ratio=0.5, cache="evict", probes=(8, 8)).attach(model) as handle:
         cache = model(ids, use_cache=True).past_key_values
         assert [layer.length for layer in cache.layers] == [40, 40, 40, 20]
         assert model(ids[:, :1], past_key_values=cache).logits.isfinite().all()
@@ -417,5 +417,5 @@ def test_bad_settings_are_one_line(settings):
 def test_states_that_are_not_finite_are_refused():
     stream = Stream(batch=1)
     stream.key[1, 0, 0, 3] = math.nan
-    with ZipVL(probes=(8, 8)).attach(stream_model()) as handle, pytest.raises(InputError, match="finite"):
+    with ZipVL(probes=(8, 8), cache="evict").attach(stream_model()) as handle, pytest.raises(InputError, match="finite"):
         stream.feed(handle, 64)

@@ -31,7 +31,9 @@ from gossamer.attention.base import AttentionMethod
 from gossamer.calibration import Calibration
 from gossamer.errors import InputError
 from gossamer.hf import CachePolicy, LayerView, ModelShape, PrefillPolicy, dense_attention
-from gossamer.ops.attention_statistics import attention_columns
+from gossamer.hf.mixed_precision import MixedAttention, MixedPrecisionKV, mixed_precision
+from gossamer.ops.attention_statistics import attention_columns, attention_row
+from gossamer.ops.quantized_kv import BITS
 from gossamer.patterns import resolve
 from gossamer.registry import register
 
@@ -187,6 +189,8 @@ class ZipPolicy(PrefillPolicy, CachePolicy):
 
     def open(self, layer: LayerView) -> Choice:
         """Nothing chosen."""
+        if isinstance(layer.kv, MixedPrecisionKV):
+            layer.prepared = MixedAttention(layer.kv)  # PROVISIONAL
         return Choice()
 
     def prefill(self, layer: LayerView, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -224,15 +228,35 @@ class ZipPolicy(PrefillPolicy, CachePolicy):
         self.ratios[layer.index], self.areas[layer.index] = ratios, sum(areas) / batch
         return out
 
+    @torch.no_grad()
     def update(self, layer: LayerView, query: Tensor) -> None:
-        """After a prompt, cut the cache to its important tokens."""
+        """After a prompt, keep its important tokens, or keep them in more bits; then compress every `interval` new rows."""
         state, kv = cast(Choice, layer.prefill_state), layer.kv
-        if state.ids is not None:
-            assert state.scores is not None and kv.key_storage is not None
-            keep = rows_to_keep(state.ids, state.scores)
-            layer.keep(keep[:, None].expand(*kv.key_storage.shape[:2], -1))
-            state.ids = state.scores = None
+        chosen, state.ids = state.ids, None
+        if self.method.cache == "evict":
+            if chosen is not None:
+                assert state.scores is not None and kv.key_storage is not None
+                keep = rows_to_keep(chosen, state.scores)
+                layer.keep(keep[:, None].expand(*kv.key_storage.shape[:2], -1))
+        elif not layer.window:
+            kv = mixed_precision(layer, self.method.bits)
+            if chosen is not None:
+                kv.compress(chosen, layer.starts)
+            elif kv.recent >= self.method.interval:
+                kv.compress(self._recent(layer, kv, query[:, :, -1]), layer.starts)
+        state.scores = None
         self.held[layer.index] = (kv.length, kv.length + kv.dropped, kv.nbytes)
+
+    def _recent(self, layer: LayerView, kv: MixedPrecisionKV, query: Tensor) -> list[Tensor]:
+        """T of the rows in full precision, by the attention of one query ``[batch, heads, d]`` over them alone."""
+        key, _ = kv.recent_rows
+        first = None if layer.starts is None else (layer.starts - kv.split).clamp(0, kv.recent - 1)
+        scores = attention_row(query, key, starts=first, scale=layer.scale).sum(1) / query.shape[1]
+        chosen = []
+        for line, start in zip(scores, [0] * len(scores) if first is None else first.tolist(), strict=True):
+            real = line[start:]
+            chosen.append(important(real, self.method.count(real)) + start + kv.split)
+        return chosen
 
     def report(self) -> dict[str, Any]:
         """Ratios of the last prompt by layer, their mean, the share of attention computed, and what the cache holds.
@@ -281,7 +305,11 @@ class ZipVL(AttentionMethod):
     probes: tuple[int, int] = Field(
         (64, 64), description="queries that estimate it: the last ones, and random earlier ones"
     )
-    cache: Literal["evict", "none"] = Field("evict", description="what the cache keeps of other tokens")
+    cache: Literal["quant", "evict", "none"] = Field(
+        "quant", description="other tokens in the cache: in fewer bits (v1), dropped (v2), or as they are"
+    )
+    bits: tuple[int, int] = Field((4, 2), description="b_h and b_l, bits of important tokens and of others: 2, 4 or 8")
+    interval: int = Field(100, ge=1, description="new tokens that are compressed together; they wait in full precision")
     ratio: float | None = Field(None, gt=0, le=1, description="a fixed share of tokens in all layers, instead of τ")
     seed: int = Field(0, ge=0, lt=1 << 20, description="of the random probes")
 
@@ -291,6 +319,13 @@ class ZipVL(AttentionMethod):
         if probes[0] < 1 or probes[1] < 0:
             raise ValueError("want at least 1 recent probe, and 0 or more random ones")
         return probes
+
+    @field_validator("bits")
+    @classmethod
+    def _known_bits(cls, bits: tuple[int, int]) -> tuple[int, int]:
+        if not set(bits) <= set(BITS) or bits[0] < bits[1]:
+            raise ValueError("want two of 2, 4 and 8, the first not the smaller")
+        return bits
 
     def count(self, accumulated: Tensor) -> int:
         """p, how many tokens are important, from their accumulated scores ``[n]``."""

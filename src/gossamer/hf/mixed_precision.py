@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from gossamer.hf.cache import KVLayer, _round_up
 from gossamer.hf.offload import Allocator
 from gossamer.ops import decode_attention, merge_attention
 from gossamer.ops.quantized_kv import QuantizedRows, dequantize_rows, quantize_rows, quantized_decode_attention
+
+if TYPE_CHECKING:
+    from gossamer.hf.attention import LayerView
 
 
 def channel_factors(value: Tensor) -> Tensor:
@@ -290,6 +293,20 @@ class MixedPrecisionKV(KVLayer):
             self.parts = [part.map(pick) for part in self.parts]
 
 
+def mixed_precision(layer: LayerView, bits: tuple[int, int]) -> MixedPrecisionKV:
+    """The layer's rows in a `MixedPrecisionKV`; if they lie in another, they move there, and it takes its place."""
+    old = layer.kv
+    if isinstance(old, MixedPrecisionKV):
+        return old
+    new = MixedPrecisionKV(old.reserve, old.allocate, bits=bits)
+    new.key_storage, new.value_storage, new.length = old.key_storage, old.value_storage, old.length
+    cache = layer.runtime._cache()
+    cache.layers[layer.index] = layer.kv = new
+    new.views[layer.runtime] = layer
+    layer.prepared = MixedAttention(new)
+    return new
+
+
 class MixedAttention:
     """Attention over a `MixedPrecisionKV` as it is stored now: one partial attention a part, and one of the recent rows.
 
@@ -302,6 +319,10 @@ class MixedAttention:
         self.batch, self.kv_heads, _, self.dim = kv.key_storage.shape
         self.row_bytes = 2 * self.dim * kv.key_storage.element_size()
         """Bytes of one key row and one value row in full precision."""
+
+    def fits(self, key: Tensor | None, value: Tensor | None) -> bool:
+        """PROVISIONAL"""
+        return True
 
     def rows(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """The first rows, dequantised."""
