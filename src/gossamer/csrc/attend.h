@@ -223,25 +223,24 @@ void add_block(const T* const* rows, const T* const* soon, int64_t count, const 
     }
 }
 
-template <class T>
-class Attention {
+// The line of all rows, cut into pieces, and the merge of what the pieces leave. `Self` attends a segment: rows
+// [from, to) of one group, as segment(thread, group, from, to, part, out), with `out` in working order.
+template <class T, class Self>
+class Pieces {
  public:
-  explicit Attention(const AttentionArgs& args)
+  Pieces(const AttentionArgs& args, int64_t block)
       : a(args),
         per_sequence(args.indices ? args.select_heads : args.kv_heads),
         groups(args.batch * per_sequence),
         group_heads(args.heads / per_sequence),
         stride(ceil_div(args.dim, 2 * kLanes) * 2 * kLanes),
         max_pieces(args.threads * kPiecesPerThread + 1),
-        block_rows(args.indices ? kListedBlock : kBlock) {}
+        block_rows(block) {}
 
   void layout(Scratch& scratch) {
     scratch.take(first_row, groups + 1);
     scratch.take(partials, (groups + max_pieces) * group_heads);
     scratch.take(partial_out, (groups + max_pieces) * group_heads * stride);
-    scratch.take(query, a.threads * group_heads * stride);
-    scratch.take(logits, a.threads * kMaxHeads * kBlock);
-    scratch.take(lines, a.threads * 4 * (kBlock + kMaxTile));
   }
 
   // Lays the rows of all groups end to end. Called by one thread, before the pieces.
@@ -271,7 +270,7 @@ class Attention {
       int64_t group = group_of(row);
       for (; row < stop; ++group) {
         const int64_t end = imin(stop, first_row[group + 1]);
-        if (end > row) segment(thread, group, row - first_row[group], end - first_row[group], piece + group);
+        if (end > row) begin(thread, group, row - first_row[group], end - first_row[group], piece + group);
         row = imax(row, end);
       }
     }
@@ -285,12 +284,15 @@ class Attention {
 
   std::atomic<int> status{kOk};
 
- private:
-  static constexpr int kMaxHeads = 4;
+ protected:
   struct Partial {
     float peak, sum;
   };
 
+  const AttentionArgs& a;
+  const int64_t per_sequence, groups, group_heads, stride, max_pieces, block_rows;
+
+ private:
   int64_t group_of(int64_t row) const {
     int64_t low = 0, high = groups;  // the last group that starts at or before the row
     while (high - low > 1) {
@@ -299,6 +301,66 @@ class Attention {
     }
     return low;
   }
+
+  void begin(int thread, int64_t group, int64_t from, int64_t to, int64_t slot) {
+    Partial* part = partials + slot * group_heads;
+    float* out = partial_out + slot * group_heads * stride;
+    for (int64_t g = 0; g < group_heads; ++g) part[g] = {-kInf, 0.0f};
+    std::memset(out, 0, size_t(group_heads * stride) * sizeof(float));
+    static_cast<Self*>(this)->segment(thread, group, from, to, part, out);
+  }
+
+  void merge_head(int64_t group, int64_t g) {
+    const int64_t begin = first_row[group], end = first_row[group + 1];
+    const int64_t first = begin / piece_rows + group, last = (end - 1) / piece_rows + group;
+    const int64_t b = group / per_sequence, head = group % per_sequence * group_heads + g;
+    T* out = static_cast<T*>(a.out) + (b * a.heads + head) * a.dim;
+    float peak = -kInf, sum = 0.0f;
+    if (end > begin) {
+      for (int64_t s = first; s <= last; ++s) peak = partials[s * group_heads + g].peak > peak ? partials[s * group_heads + g].peak : peak;
+      const float base = peak == -kInf ? 0.0f : peak;
+      float* total = partial_out + (first * group_heads + g) * stride;
+      for (int64_t s = first; s <= last; ++s) {
+        const Partial& part = partials[s * group_heads + g];
+        const float factor = vexp(splat(part.peak - base))[0];
+        const float* from = partial_out + (s * group_heads + g) * stride;
+        sum += part.sum * factor;
+        for (int64_t c = 0; c < stride; c += kLanes)
+          store(total + c, s == first ? load(from + c) * factor : fma(load(from + c), splat(factor), load(total + c)));
+      }
+      from_working_order(total, sum > 0.0f || sum != sum ? 1.0f / sum : 0.0f, a.dim, out);
+    } else {
+      for (int64_t c = 0; c < a.dim; ++c) from_float(0.0f, out + c);
+    }
+    if (a.lse) a.lse[b * a.heads + head] = sum > 0.0f || sum != sum ? peak + __builtin_logf(sum) : -kInf;
+  }
+
+  int64_t* first_row;  // [groups + 1], where each group begins on the line
+  Partial* partials;   // [slots][group_heads]; slot = piece + group is unique
+  float* partial_out;  // [slots][group_heads][stride], not yet divided by the sum
+  int64_t piece_rows = 1, pieces = 0;
+  Queue queue;
+};
+
+template <class T>
+class Attention : public Pieces<T, Attention<T>> {
+  using Base = Pieces<T, Attention<T>>;
+  friend Base;
+  using typename Base::Partial;
+  using Base::a, Base::block_rows, Base::group_heads, Base::per_sequence, Base::stride;
+
+ public:
+  explicit Attention(const AttentionArgs& args) : Base(args, args.indices ? kListedBlock : kBlock) {}
+
+  void layout(Scratch& scratch) {
+    Base::layout(scratch);
+    scratch.take(query, a.threads * group_heads * stride);
+    scratch.take(logits, a.threads * kMaxHeads * kBlock);
+    scratch.take(lines, a.threads * 4 * (kBlock + kMaxTile));
+  }
+
+ private:
+  static constexpr int kMaxHeads = 4;
 
   // Addresses of rows [from, from + count) of a group, the last repeated to fill a tile; false if a row id is out of range.
   bool fill(int64_t group, int64_t from, int64_t count, const T* key, const T* value, const T** keys, const T** values) {
@@ -317,7 +379,7 @@ class Attention {
     return true;
   }
 
-  void segment(int thread, int64_t group, int64_t from, int64_t to, int64_t slot) {
+  void segment(int thread, int64_t group, int64_t from, int64_t to, Partial* part, float* out) {
     const int64_t b = group / per_sequence, head = group % per_sequence;
     const int64_t kv = head / (per_sequence / a.kv_heads);
     const T* key = static_cast<const T*>(a.key) + b * a.k_batch + kv * a.k_head;
@@ -326,22 +388,17 @@ class Attention {
     float* q = query + thread * group_heads * stride;
     for (int64_t g = 0; g < group_heads; ++g) to_working_order(raw + g * a.q_head, a.dim, q + g * stride);
 
-    Partial* part = partials + slot * group_heads;
-    float* out = partial_out + slot * group_heads * stride;
-    for (int64_t g = 0; g < group_heads; ++g) part[g] = {-kInf, 0.0f};
-    std::memset(out, 0, size_t(group_heads * stride) * sizeof(float));
-
     const T** line = lines + thread * 4 * (kBlock + kMaxTile);
     const T **keys = line, **values = keys + kBlock + kMaxTile;
     const T **next_keys = values + kBlock + kMaxTile, **next_values = next_keys + kBlock + kMaxTile;
     const int64_t bytes = a.dim * int64_t(sizeof(T));
     int64_t count = imin(block_rows, to - from);
-    if (!fill(group, from, count, key, value, keys, values)) return void(status = kBadIndex);
+    if (!fill(group, from, count, key, value, keys, values)) return void(this->status = kBadIndex);
     for (int64_t i = 0; i < count; ++i) prefetch_row(keys[i], bytes);
     while (count) {
       from += count;
       const int64_t next = imin(block_rows, to - from);
-      if (next && !fill(group, from, next, key, value, next_keys, next_values)) return void(status = kBadIndex);
+      if (next && !fill(group, from, next, key, value, next_keys, next_values)) return void(this->status = kBadIndex);
       for (int64_t i = imax(next, 0); i < count; ++i) next_keys[i] = keys[i];
       for (int64_t g = 0; g < group_heads; g += kMaxHeads) {
         const QueryHeads<T> heads{q + g * stride, raw + g * a.q_head, stride, a.q_head};
@@ -376,40 +433,8 @@ class Attention {
                     stride, a.dim);
   }
 
-  void merge_head(int64_t group, int64_t g) {
-    const int64_t begin = first_row[group], end = first_row[group + 1];
-    const int64_t first = begin / piece_rows + group, last = (end - 1) / piece_rows + group;
-    const int64_t b = group / per_sequence, head = group % per_sequence * group_heads + g;
-    T* out = static_cast<T*>(a.out) + (b * a.heads + head) * a.dim;
-    float peak = -kInf, sum = 0.0f;
-    if (end > begin) {
-      for (int64_t s = first; s <= last; ++s) peak = partials[s * group_heads + g].peak > peak ? partials[s * group_heads + g].peak : peak;
-      const float base = peak == -kInf ? 0.0f : peak;
-      float* total = partial_out + (first * group_heads + g) * stride;
-      for (int64_t s = first; s <= last; ++s) {
-        const Partial& part = partials[s * group_heads + g];
-        const float factor = vexp(splat(part.peak - base))[0];
-        const float* from = partial_out + (s * group_heads + g) * stride;
-        sum += part.sum * factor;
-        for (int64_t c = 0; c < stride; c += kLanes)
-          store(total + c, s == first ? load(from + c) * factor : fma(load(from + c), splat(factor), load(total + c)));
-      }
-      from_working_order(total, sum > 0.0f || sum != sum ? 1.0f / sum : 0.0f, a.dim, out);
-    } else {
-      for (int64_t c = 0; c < a.dim; ++c) from_float(0.0f, out + c);
-    }
-    if (a.lse) a.lse[b * a.heads + head] = sum > 0.0f || sum != sum ? peak + __builtin_logf(sum) : -kInf;
-  }
-
-  const AttentionArgs& a;
-  const int64_t per_sequence, groups, group_heads, stride, max_pieces, block_rows;
-  int64_t* first_row;  // [groups + 1], where each group begins on the line
-  Partial* partials;   // [slots][group_heads]; slot = piece + group is unique
-  float* partial_out;  // [slots][group_heads][stride], not yet divided by the sum
   float *query, *logits;
   const T** lines;
-  int64_t piece_rows = 1, pieces = 0;
-  Queue queue;
 };
 
 }  // namespace gossamer::GOSSAMER_ISA

@@ -97,6 +97,22 @@ struct LabelAttentionArgs {
   bool protect_last;
 };
 
+// Keys or values as codes (layout: ops/quantized_kv.py).
+struct QuantizedRows {
+  const uint8_t* codes;      // [B,Hkv,S,bytes]
+  const void *step, *zero;   // [B,Hkv,S], or [B,Hkv,groups,d] with a group
+  int64_t c_batch, c_head, c_row, s_batch, s_head, s_row;
+  int64_t group;  // rows that share the scales of a channel; 0: scales per row
+  int bits;
+};
+
+struct QuantizedArgs {
+  AttentionArgs attention;  // its key and value are the rows from `split` on
+  QuantizedRows key, value;
+  int64_t split;
+  DType scales;
+};
+
 struct LinearArgs {
   const void *x, *weight, *bias;  // [M,K], [N,K], [N] or null
   void* out;                      // [M,N], contiguous
@@ -114,6 +130,7 @@ struct Kernels {
   Status (*select_topk)(const SelectArgs&);
   Status (*label_attention)(const LabelAttentionArgs&);
   Status (*linear)(const LinearArgs&);
+  Status (*quantized_attention)(const QuantizedArgs&);
   float (*read_all)(const float*, int64_t, int);
 };
 
@@ -125,6 +142,7 @@ struct Kernels {
   Status select_topk(const SelectArgs&);                   \
   Status label_attention(const LabelAttentionArgs&);       \
   Status linear(const LinearArgs&);                        \
+  Status quantized_attention(const QuantizedArgs&);        \
   float read_all(const float* data, int64_t size, int threads); \
   }
 GOSSAMER_DECLARE_KERNELS(baseline)

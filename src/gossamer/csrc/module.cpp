@@ -18,7 +18,7 @@ namespace {
 #define GOSSAMER_TABLE(isa)                                                                             \
   Kernels {                                                                                             \
     #isa, isa::decode_attention, isa::append_labels, isa::label_scores, isa::select_topk,               \
-        isa::label_attention, isa::linear, isa::read_all                                                             \
+        isa::label_attention, isa::linear, isa::quantized_attention, isa::read_all                                                             \
   }
 
 // Slowest first; only what this processor can run.
@@ -264,6 +264,53 @@ class Prepared {
   LabelAttentionArgs labels_{};
 };
 
+// Attention over quantised rows of one layer, with all that stays the same from step to step unpacked once.
+class QuantizedPrepared {
+ public:
+  // tensors: key codes, step, zero, value codes, step, zero, recent key, recent value; strides: three of the codes and of
+  // the scales for each, then three of each of the recent; sizes: B, Hkv, d; kinds: bits and group for each.
+  QuantizedPrepared(nb::tuple tensors, nb::tuple strides, nb::tuple sizes, nb::tuple kinds, int dtype, int scales) {
+    Reader t(tensors), r(strides), s(sizes), k(kinds);
+    for (QuantizedRows* rows : {&q_.key, &q_.value}) {
+      rows->codes = t.pointer<uint8_t>(), rows->step = t.pointer<void>(), rows->zero = t.pointer<void>();
+      rows->c_batch = r.next(), rows->c_head = r.next(), rows->c_row = r.next();
+      rows->s_batch = r.next(), rows->s_head = r.next(), rows->s_row = r.next();
+      rows->bits = int(k.next()), rows->group = k.next();
+    }
+    AttentionArgs& a = q_.attention;
+    a.key = t.pointer<void>(), a.value = t.pointer<void>();
+    a.k_batch = r.next(), a.k_head = r.next(), a.k_row = r.next();
+    a.v_batch = r.next(), a.v_head = r.next(), a.v_row = r.next();
+    a.batch = s.next(), a.kv_heads = s.next(), a.dim = s.next();
+    a.dtype = DType(dtype), q_.scales = DType(scales);
+  }
+
+  // All rows of the range, or those listed. Returns how many were listed, or minus a status.
+  int64_t attend(intptr_t query, int64_t q_batch, int64_t q_head, int64_t heads, intptr_t out, intptr_t lse, intptr_t starts,
+                 intptr_t lengths, int32_t rows, int64_t split, nb::tuple chosen, float scale, int threads) const {
+    QuantizedArgs q = q_;
+    AttentionArgs& a = q.attention;
+    Reader c(chosen);
+    a.query = reinterpret_cast<const void*>(query), a.out = reinterpret_cast<void*>(out), a.lse = reinterpret_cast<float*>(lse);
+    a.q_batch = q_batch, a.q_head = q_head, a.heads = heads;
+    a.ranges = {reinterpret_cast<const int32_t*>(starts), reinterpret_cast<const int32_t*>(lengths), rows};
+    a.indices = c.pointer<int32_t>(), a.counts = c.pointer<int32_t>(), a.select_heads = c.next(), a.k = c.next();
+    static const int32_t nothing = 0;
+    if (a.select_heads && !a.indices) a.indices = &nothing;
+    a.scale = scale, q.split = split;
+    a.threads = team(threads, row_bytes(a, a.indices) / (8 * element_size(a.dtype)) * (q.key.bits + q.value.bits) / 2);
+    const int status = call(active->quantized_attention, q);
+    if (status) return -status;
+    int64_t sum = 0;
+    if (a.indices && a.counts)
+      for (int64_t i = 0; i < a.batch * a.select_heads; ++i) sum += a.counts[i];
+    return sum;
+  }
+
+ private:
+  QuantizedArgs q_{};
+};
+
 int linear(intptr_t x, int64_t x_row, intptr_t weight, int64_t w_row, intptr_t bias, intptr_t out, int64_t rows,
            int64_t columns, int64_t outputs, int dtype, int threads) {
   LinearArgs a{reinterpret_cast<const void*>(x),    reinterpret_cast<const void*>(weight),
@@ -300,6 +347,9 @@ NB_MODULE(_native, m) {
   m.def("label_attention", &label_attention);
   m.def("linear", &linear);
   m.def("read_all", &read_all);
+  nb::class_<QuantizedPrepared>(m, "QuantizedPrepared")
+      .def(nb::init<nb::tuple, nb::tuple, nb::tuple, nb::tuple, int, int>())
+      .def("attend", &QuantizedPrepared::attend);
   nb::class_<Prepared>(m, "Prepared")
       .def(nb::init<nb::tuple, nb::tuple, nb::tuple, int>())
       .def("set_labels", &Prepared::set_labels)

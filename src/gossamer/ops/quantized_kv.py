@@ -25,9 +25,10 @@ from torch import Tensor
 
 from gossamer.errors import InputError
 from gossamer.ops import _checks
+from gossamer.ops._dispatch import DTYPE_CODES, native, resolve, triton_call
 from gossamer.ops.decode_attention import _reference as _plain_reference
 
-_OP = "quantized_decode_attention"
+_OP, _MODULE = "quantized_decode_attention", "quantized_kv"
 BITS = (2, 4, 8)
 Axis = Literal["token", "channel"]
 
@@ -395,6 +396,8 @@ def _check(
     for tensor in (*key.tensors(), *value.tensors(), *(recent or ())):
         if tensor.device != query.device:
             raise InputError(f"{_OP}: query is on {query.device}, rows are on {tensor.device}")
+    if key.step.dtype is not value.step.dtype:
+        raise InputError(f"{_OP}: scales of keys and values must share a dtype, got {key.step.dtype}, {value.step.dtype}")
     if split is not None and not 0 <= split <= capacity:
         raise InputError(f"{_OP}: split must lie in 0 .. {capacity}, the capacity, got {split}")
     if recent is not None:
@@ -431,6 +434,66 @@ def _reference(
     return out.to(query.dtype), lse
 
 
+class NativeRows:
+    """The native kernel's view of the rows of one layer, unpacked once; trusts its arguments."""
+
+    def __init__(
+        self, key: QuantizedRows, value: QuantizedRows, recent: tuple[Tensor, Tensor] | None, dtype: torch.dtype
+    ) -> None:
+        near = None if recent is None else (_checks.row_major(recent[0]), _checks.row_major(recent[1]))
+        parts = [[x if x.stride(-1) == 1 else x.contiguous() for x in rows.tensors()] for rows in (key, value)]
+        for _, step, zero in parts:
+            assert step.dtype is zero.dtype is parts[0][1].dtype
+        self.held = (near, parts)  # addresses stay good
+        self._native = native().QuantizedPrepared(
+            (*(x.data_ptr() for part in parts for x in part), *((0, 0) if near is None else (x.data_ptr() for x in near))),
+            (
+                *(s for codes, step, _ in parts for s in (*codes.stride()[:3], *(*step.stride(), 1)[:3])),
+                *((0,) * 6 if near is None else (*near[0].stride()[:3], *near[1].stride()[:3])),
+            ),
+            (*key.codes.shape[:2], key.dim),
+            tuple(n for rows in (key, value) for n in (rows.bits, 0 if rows.axis == "token" else rows.group)),
+            DTYPE_CODES[dtype],
+            DTYPE_CODES[key.step.dtype],
+        )
+
+    def attend(
+        self,
+        query: Tensor,
+        rows: int,
+        split: int,
+        scale: float,
+        starts: Tensor | None = None,
+        lengths: Tensor | None = None,
+        indices: Tensor | None = None,
+        counts: Tensor | None = None,
+        lse: Tensor | None = None,
+    ) -> tuple[Tensor, int]:
+        """Attend; returns the output and how many rows were listed (by their counts)."""
+        query = _checks.row_major(query)
+        out = torch.empty(query.shape, dtype=query.dtype)
+        read = self._native.attend(
+            query.data_ptr(),
+            query.stride(0),
+            query.stride(1),
+            query.shape[1],
+            out.data_ptr(),
+            0 if lse is None or not lse.numel() else lse.data_ptr(),
+            _checks.pointer(starts),
+            _checks.pointer(lengths),
+            rows,
+            split,
+            (0, 0, 0, 0)
+            if indices is None
+            else (indices.data_ptr(), _checks.pointer(counts), indices.shape[1], indices.shape[2]),
+            scale,
+            torch.get_num_threads(),
+        )
+        if read < 0:
+            _checks.raise_status(_OP, -read)
+        return out, read
+
+
 def _run(
     query: Tensor,
     key_codes: Tensor,
@@ -452,6 +515,13 @@ def _run(
     key = _stored(key_codes, key_step, key_zero, *kinds[:3])
     value = _stored(value_codes, value_step, value_zero, *kinds[3:6])
     recent = None if recent_key is None or recent_value is None else (recent_key, recent_value)
+    backend = resolve(_OP, _MODULE, query)
+    if backend == "native":
+        prepared = NativeRows(key, value, recent, query.dtype)
+        rows = kinds[6] + (0 if recent is None else recent[0].shape[2])
+        lse = query.new_empty(query.shape[:2] if return_lse else (0,), dtype=torch.float32)
+        out, _ = prepared.attend(query, rows, kinds[6], scale, starts, lengths, indices, counts, lse)
+        return out, lse
     with torch.no_grad():
         result = _reference(query, key, value, recent, kinds[6], starts, lengths, indices, counts, scale)
     return result if return_lse else (result[0], query.new_empty((0,), dtype=torch.float32))
