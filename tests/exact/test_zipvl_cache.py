@@ -70,7 +70,6 @@ def test_rounded_scales_cost_no_more_than_a_step_of_them():
     c = channel_factors(value).unsqueeze(2)
     step = part.value.step.float().unsqueeze(3)
     assert part.value.step.dtype is torch.bfloat16
-    assert part.key.step.dtype is torch.float32
     assert bool(((part.dequantize(torch.float32)[1] / c - value / c).abs() <= step / 2 + 1e-5).all())
 
 
@@ -130,7 +129,7 @@ def test_stored_bits_are_those_of_the_parts(p):
     assert codes * 8 == 2 * 3 * 64 * (p * 4 + (77 - p) * 2)
     parts = len(layer.parts)
     assert parts == (1 if p == 77 else 2)
-    assert layer.nbytes == codes + parts * (2 * 3 * 64 * 4 + 3 * 64 * 4) + 77 * 3 * 2 * 2
+    assert layer.nbytes == codes + parts * (2 * 3 * 64 * 2 + 3 * 64 * 4) + 77 * 3 * 2 * 2
     held = sum(
         t.numel() * t.element_size() for part in layer.parts for x in (part.key, part.value) for t in x.tensors()
     )
@@ -156,7 +155,7 @@ def test_rows_come_back_by_token_and_the_newest_as_they_were():
             error = (got[b, :, first:50] - want[b, :, first:]).abs()
             fine = torch.zeros(50 - first, dtype=torch.bool)
             fine[ids - first] = True
-            assert float(error[:, fine].max()) < 0.02
+            assert float(error[:, fine].max()) < 0.03
             assert 0.02 < float(error[:, ~fine].max()) < 0.3
     assert torch.equal(layer.positions[0, 0].long(), torch.arange(53))
 
@@ -194,7 +193,7 @@ def test_attention_is_that_of_the_dequantised_rows(recent, padding, dtype):
     want = torch.einsum("bkgs,bksd->bkgd", weights, values).flatten(1, 2)
     attention = MixedAttention(layer)
     got = attention.dense(query, 50 + recent, scale=0.2, starts=starts)
-    tolerance = 1e-4 if dtype is torch.float32 else 3e-2
+    tolerance = 1e-3 if dtype is torch.float32 else 3e-2  # the kernel holds queries to 15 bits and weights to 16
     torch.testing.assert_close(got.float(), want, atol=tolerance, rtol=tolerance)
     indices = torch.randint(30, 50, (2, 3, 5), dtype=torch.int32)
     some, rows = attention.listed(query, 50 + recent, indices, torch.full((2, 3), 5, dtype=torch.int32), scale=0.2)

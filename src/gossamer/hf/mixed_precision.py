@@ -12,6 +12,7 @@ merged by their log-sum-exp.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -110,7 +111,7 @@ def quantize_part(
             which changes no scale; a sequence without ids is filled with its row 0, and counts for nothing.
         bits: 2, 4 or 8.
         first: the token that row 0 is.
-        scales: dtype of the values' scales, one pair a token; the keys', one pair a channel, are float32.
+        scales: dtype of the scales, one pair a channel for keys and one a token for values.
 
     Raises:
         InputError: no rows at all, bits that there are not, or a head size that does not fill words of such codes.
@@ -128,7 +129,7 @@ def quantize_part(
     key, value = key.gather(2, index), value.gather(2, index).float()
     with torch.inference_mode(False):  # storage made in inference mode could not be written outside it
         stored_key = QuantizedRows.allocate(
-            batch, heads, table.shape[1], dim, bits=bits, axis="channel", device=key.device
+            batch, heads, table.shape[1], dim, bits=bits, axis="channel", scales=scales, device=key.device
         )
         stored_value = QuantizedRows.allocate(
             batch, heads, table.shape[1], dim, bits=bits, axis="token", scales=scales, device=key.device
@@ -252,10 +253,20 @@ class MixedPrecisionKV(KVLayer):
             return super().nbytes + sum(part.nbytes for part in self.parts)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append rows in full precision; returns all of them, dequantised."""
+        """Append rows in full precision; returns all of them, dequantised.
+
+        For a single row after a compression what returns has the shape alone (it is NaN): attention of one query reads what
+        is stored, and dequantising all of it at every step would cost more than attention does.
+        """
         with self._only_recent():
             recent = super().update(key_states, value_states)
-        return self.rows(self.length) if self.split else recent
+        if not self.split:
+            return recent
+        if key_states.shape[2] > 1:
+            return self.rows(self.length)
+        shape = (*key_states.shape[:2], self.length, key_states.shape[3])
+        nothing = key_states.new_full((1, 1, 1, 1), math.nan).expand(shape)
+        return nothing, nothing
 
     def move(self, allocate: Allocator) -> None:
         """Keep the recent rows in another place from now on."""
