@@ -1,5 +1,6 @@
 """ZipVL by its card: probes, the two scores, the sparse reading of a prompt, and what the cache holds afterwards."""
 
+import copy
 import math
 
 import pytest
@@ -155,7 +156,7 @@ def test_all_rows_as_probes_are_the_exact_column_sums(scale):
 
 def test_count_and_membership_come_from_different_scores():
     """A prompt on which the raw score would choose other members, and the normalised one another number."""
-    query, key, value = tensors(n=200, seed=3)
+    query, key, _ = tensors(n=200, seed=3)
     method = ZipVL(tau=0.8, probes=(16, 16), cache="none")
     probes = probe_positions(200, 16, 16, torch.Generator().manual_seed(1))
     a, normalised = probe_scores(query[:, :, probes], key, probes)
@@ -377,6 +378,221 @@ def test_layers_with_a_window_are_left_as_they_are():
         assert [layer.length for layer in cache.layers] == [40, 40, 40, 20]
         assert model(ids[:, :1], past_key_values=cache).logits.isfinite().all()
         assert any("window" in m for m in handle.runtime.said.values())
+        assert handle.report()["ratios"] == [1.0, 1.0, 1.0, 0.5]
+        assert handle.report()["prefill_area"] == pytest.approx((3 + 0.25 + 16 / 40) / 4)
+    with ZipVL(ratio=0.5, probes=(8, 8), interval=4).attach(model):
+        cache = model(ids, use_cache=True).past_key_values
+        assert [len(layer.parts) for layer in cache.layers] == [0, 0, 0, 2]
+        want = model(ids[:, :6], past_key_values=copy.deepcopy(cache)).logits
+        for t in range(6):
+            got = model(ids[:, t : t + 1], past_key_values=cache).logits
+            assert got.isfinite().all()
+    assert [len(layer.parts) for layer in cache.layers] == [0, 0, 0, 4]
+    assert [layer.length for layer in cache.layers] == [46] * 4
+    assert want.isfinite().all()
+
+
+# -- the cache, v1 (check 8) ------------------------------------------------------------------------------------------
+
+
+def over_the_cache(stream, t):
+    """Attention of token t over what the cache gives back, ``[layers, batch, heads, d]``."""
+    outs = []
+    for i, layer in enumerate(stream.cache.layers):
+        query = stream.query[i, :, :, t].unflatten(1, (2, 2))
+        logits = torch.einsum("bkgd,bksd->bkgs", query, layer.keys) * 0.25
+        outs.append(torch.einsum("bkgs,bksd->bkgd", logits.softmax(-1), layer.values).flatten(1, 2))
+    return torch.stack(outs)
+
+
+def test_quant_stores_the_important_tokens_in_more_bits():
+    method, stream = ZipVL(tau=0.7, probes=(8, 8)), Stream(batch=1, length=62)
+    prompt = stream.pick(torch.tensor([0]))
+    for x in ("query", "key", "value"):
+        setattr(prompt, x, getattr(prompt, x)[:, :, :, :60])
+    with method.attach(stream_model()) as handle:
+        stream.feed(handle, 60)
+        for i, layer in enumerate(stream.cache.layers):
+            ids, _ = reference(prompt, i, 0, method)
+            high, low = layer.parts
+            assert (high.key.bits, high.value.bits, low.key.bits, low.value.bits) == (4, 4, 2, 2)
+            assert high.positions[0].tolist() == ids
+            assert sorted(ids + low.positions[0].tolist()) == list(range(60))
+            assert (layer.length, layer.recent) == (60, 0)
+            codes = sum(x.codes.numel() for part in layer.parts for x in (part.key, part.value))
+            assert codes * 8 == 2 * 2 * 16 * (len(ids) * 4 + (60 - len(ids)) * 2)
+        held = handle.report()["kv_bytes_held"]
+        assert held == sum(layer.nbytes for layer in stream.cache.layers) < 0.4 * 3 * 60 * 2 * 2 * 16 * 4
+        for t in (60, 61):
+            got = stream.feed(handle, 1)
+            torch.testing.assert_close(got[:, :, :, 0], over_the_cache(stream, t), atol=1e-3, rtol=1e-3)
+            assert torch.equal(stream.cache.layers[0].keys[:, :, t], stream.key[0, :, :, t])
+
+
+def test_every_hundred_new_tokens_are_compressed():
+    """By the attention of the query that completes them, over them alone."""
+    method, stream = ZipVL(tau=0.6, probes=(8, 8)), Stream(batch=1, length=275)
+    with method.attach(stream_model()) as handle:
+        stream.feed(handle, 60, *[1] * 99)
+        assert [(layer.length, layer.recent, len(layer.parts)) for layer in stream.cache.layers] == [(159, 99, 2)] * 3
+        before = handle.report()["kv_bytes_held"]
+        stream.feed(handle, 1)
+        assert handle.report()["kv_bytes_held"] < before
+        assert [(layer.length, layer.recent, len(layer.parts)) for layer in stream.cache.layers] == [(160, 0, 4)] * 3
+        for i, layer in enumerate(stream.cache.layers):
+            logits = (
+                stream.query[i, 0, :, 159].unflatten(0, (2, 2)) @ stream.key[i, 0, :, 60:160].transpose(1, 2) * 0.25
+            )
+            row = logits.softmax(-1).flatten(0, 1).mean(0)
+            count = int(select_by_mass(row, 0.6))
+            ids = sorted((row.topk(count).indices + 60).tolist())
+            assert layer.parts[2].positions[0].tolist() == ids
+            assert layer.parts[2].key.bits == 4
+            assert sorted(ids + layer.parts[3].positions[0].tolist()) == list(range(60, 160))
+        got = stream.feed(handle, *[1] * 100)
+        assert [(layer.length, layer.recent, len(layer.parts)) for layer in stream.cache.layers] == [(260, 0, 6)] * 3
+        assert bool(got.isfinite().all())
+        got = stream.feed(handle, 1)
+        torch.testing.assert_close(got[:, :, :, 0], over_the_cache(stream, 260), atol=1e-3, rtol=1e-3)
+
+
+def test_sequences_do_not_matter_to_each_other_in_a_quantised_cache():
+    mask = torch.ones(2, 80, dtype=torch.bool)
+    mask[1, :24] = False
+    stream = Stream(length=80)
+    short = stream.pick(torch.tensor([1]), start=24)
+    with ZipVL(tau=0.7, probes=(8, 8), interval=12).attach(stream_model()) as handle:
+        together = stream.feed(handle, 60, *[1] * 20, mask=mask)
+        alone = short.feed(handle, 36, *[1] * 20)
+    torch.testing.assert_close(together[:, 1:, :, 24:], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_eight_bits_are_nearly_the_whole_cache():
+    stream, whole = Stream(), Stream()
+    with ZipVL(tau=0.7, probes=(8, 8), bits=(8, 8)).attach(stream_model()) as handle:
+        got = stream.feed(handle, 44, *[1] * 20)
+    with ZipVL(tau=0.7, probes=(8, 8), cache="none").attach(stream_model()) as handle:
+        want = whole.feed(handle, 44, *[1] * 20)
+    assert torch.equal(got[:, :, :, :44], want[:, :, :, :44])
+    torch.testing.assert_close(got, want, atol=0.1, rtol=0)
+    assert not torch.equal(got, want)
+
+
+def test_a_turn_is_read_over_the_dequantised_rows_and_waits_to_be_compressed():
+    stream = Stream(batch=1, length=80)
+    with ZipVL(tau=0.7, probes=(8, 8), interval=16).attach(stream_model()) as handle:
+        stream.feed(handle, 40)
+        kept = [(layer.keys, layer.values) for layer in stream.cache.layers]
+        got = stream.feed(handle, 10)
+        assert [layer.recent for layer in stream.cache.layers] == [10] * 3
+        for i, (key, value) in enumerate(kept):
+            key, value = (
+                torch.cat([old, new[i, :, :, 40:50]], 2) for old, new in ((key, stream.key), (value, stream.value))
+            )
+            want = dense_attention(stream.query[i, :, :, 40:50], key, value, 0.25)
+            torch.testing.assert_close(got[i], want, atol=1e-5, rtol=1e-5)
+        stream.feed(handle, 30)
+        assert [layer.recent for layer in stream.cache.layers] == [0] * 3
+        assert [layer.length for layer in stream.cache.layers] == [80] * 3
+
+
+def test_beams_and_sampling_run_over_a_quantised_cache():
+    model = tiny_model()
+    ids = torch.randint(1, 256, (2, 40), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0
+    with ZipVL(probes=(8, 8), interval=4).attach(model):
+        for way in ({"do_sample": False}, {"do_sample": True}, {"num_beams": 3}):
+            assert model.generate(ids, attention_mask=mask, max_new_tokens=10, **way).shape == (2, 50)
+
+
+def test_a_reordered_batch_takes_its_parts_along():
+    order, stream = torch.tensor([2, 0, 0]), Stream(batch=3)
+    beams = stream.pick(order)
+    with ZipVL(tau=0.7, probes=(8, 8), interval=8).attach(stream_model()) as handle:
+        want = stream.pick(order).feed(handle, 40, *[1] * 24)[:, :, :, 50:]
+        stream.feed(handle, 40, *[1] * 10)
+        stream.cache.reorder_cache(order)
+        beams.cache = stream.cache
+        torch.testing.assert_close(beams.feed(handle, *[1] * 14), want, atol=1e-4, rtol=1e-4)
+
+
+def test_a_cache_goes_on_under_another_handle_and_from_elsewhere():
+    """Rows that were read without the method are recent rows, and compressed by the next step."""
+    stream = Stream(batch=1)
+    with attach(stream_model(), []) as handle:
+        stream.feed(handle, 40)
+    for _ in range(2):
+        with ZipVL(tau=0.7, probes=(8, 8), interval=16).attach(stream_model()) as handle:
+            stream.feed(handle, 1, 1)
+            assert [layer.length for layer in stream.cache.layers] == [layer.length for layer in stream.cache.layers]
+    assert [(layer.length, layer.recent) for layer in stream.cache.layers] == [(44, 3)] * 3
+
+
+def test_selecting_over_a_quantised_cache_reads_what_was_selected():
+    stream = Stream(batch=1)
+    quest = Quest(tokens=64, page_size=4, dense_layers=())
+    with attach(stream_model(), [(ZipVL(tau=0.7, probes=(8, 8)), None), (quest, None)]) as handle:
+        stream.feed(handle, 40)
+        got = stream.feed(handle, 1)
+        torch.testing.assert_close(got[:, :, :, 0], over_the_cache(stream, 40), atol=1e-3, rtol=1e-3)
+    with attach(stream_model(), [(ZipVL(cache="quant"), None), (Quest(tokens=8, page_size=4), None)]) as handle:
+        assert Stream().feed(handle, 40, *[1] * 24).isfinite().all()
+
+
+def test_the_bytes_read_are_the_bytes_held():
+    stream = Stream(batch=2)
+    with ZipVL(tau=0.7, probes=(8, 8)).attach(stream_model()) as handle:
+        stream.feed(handle, 50, 1)
+        handle.runtime.stats.reset()
+        stream.feed(handle, 1)
+        held, stats = sum(layer.nbytes for layer in stream.cache.layers), handle.runtime.stats
+    assert stats.kv_bytes == pytest.approx(held, rel=0.02)
+    assert stats.dense_bytes == 3 * 2 * 52 * 2 * 2 * 16 * 4
+
+
+@pytest.mark.parametrize("cache", ["none", "evict", "quant"])
+@pytest.mark.parametrize("ratio", [0.3, 0.5, 1.0])
+def test_the_promised_bytes_are_the_bytes_held(cache, ratio):
+    method, stream = ZipVL(ratio=ratio, cache=cache, probes=(8, 8)), Stream(batch=1)
+    with method.attach(stream_model()) as handle:
+        stream.feed(handle, 63, 1)
+        promised = method.io_bytes(64, handle.runtime.shape, 4)
+        assert [layer.nbytes for layer in stream.cache.layers] == [promised["rows"]] * 3
+        assert ZipVL(cache=cache).io_bytes(64, handle.runtime.shape, 4)["rows"] >= promised["rows"]
+
+
+def test_inference_mode_may_come_and_go():
+    method = ZipVL(tau=0.7, probes=(8, 8), interval=8)
+    with method.attach(stream_model()) as handle:
+        want = Stream().feed(handle, 40, *[1] * 24)
+        for first in (True, False):
+            stream, got = Stream(), []
+            for sizes, inside in (((40, 1), first), ([1] * 9, not first), ([1] * 14, first)):
+                with torch.inference_mode(inside), torch.no_grad():
+                    got.append(stream.feed(handle, *sizes).clone())
+            torch.testing.assert_close(torch.cat(got, 3), want, atol=1e-5, rtol=1e-5)
+
+
+def test_a_long_run_stays_finite_and_grows_by_what_it_stores():
+    stream = Stream(batch=1, length=500)
+    with ZipVL(tau=0.9, probes=(8, 8), interval=20).attach(stream_model()) as handle:
+        out = stream.feed(handle, 100, *[1] * 400)
+        sizes = {layer.nbytes for layer in stream.cache.layers}
+    assert bool(out.isfinite().all())
+    assert max(sizes) < 0.6 * 500 * 2 * 2 * 16 * 4
+    assert all(torch.equal(layer.positions[0, 0].long(), torch.arange(500)) for layer in stream.cache.layers)
+    error = (stream.cache.layers[0].keys - stream.key[0]).abs()
+    assert float(error.max()) < 1.5
+
+
+def test_a_head_size_without_whole_words_is_refused():
+    model = tiny_model(hidden_size=96, num_attention_heads=4, num_key_value_heads=2)
+    with pytest.raises(InputError, match="channels") as caught:
+        ZipVL().attach(model)
+    assert "\n" not in str(caught.value)
+    model(torch.tensor([[1, 2, 3]]))  # nothing is left on the model
+    assert model.config._attn_implementation == "sdpa"
 
 
 # -- manners ----------------------------------------------------------------------------------------------------------
@@ -403,6 +619,9 @@ def test_one_method_takes_both_phases():
         {"probes": (4, -1)},
         {"probes": (4,)},
         {"cache": "zip"},
+        {"bits": (3, 2)},
+        {"bits": (2, 4)},
+        {"interval": 0},
         {"ratio": 0},
         {"ratio": 1.5},
         {"seed": -1},
@@ -417,5 +636,8 @@ def test_bad_settings_are_one_line(settings):
 def test_states_that_are_not_finite_are_refused():
     stream = Stream(batch=1)
     stream.key[1, 0, 0, 3] = math.nan
-    with ZipVL(probes=(8, 8), cache="evict").attach(stream_model()) as handle, pytest.raises(InputError, match="finite"):
+    with (
+        ZipVL(probes=(8, 8), cache="evict").attach(stream_model()) as handle,
+        pytest.raises(InputError, match="finite"),
+    ):
         stream.feed(handle, 64)

@@ -21,6 +21,8 @@ row would; each sequence of a batch has its own T.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -30,10 +32,12 @@ from torch import Tensor, nn
 from gossamer.attention.base import AttentionMethod
 from gossamer.calibration import Calibration
 from gossamer.errors import InputError
-from gossamer.hf import CachePolicy, LayerView, ModelShape, PrefillPolicy, dense_attention
-from gossamer.hf.mixed_precision import MixedAttention, MixedPrecisionKV, mixed_precision
+from gossamer.hf import CachePolicy, LayerView, ModelShape, PrefillPolicy, dense_attention, model_shape
+from gossamer.hf.cache import KVLayer
+from gossamer.hf.mixed_precision import MixedPrecisionKV
+from gossamer.hf.policy import StoragePolicy
 from gossamer.ops.attention_statistics import attention_columns, attention_row
-from gossamer.ops.quantized_kv import BITS
+from gossamer.ops.quantized_kv import BITS, check_layout
 from gossamer.patterns import resolve
 from gossamer.registry import register
 
@@ -177,11 +181,12 @@ class Choice:
         self.scores: Tensor | None = None
 
 
-class ZipPolicy(PrefillPolicy, CachePolicy):
-    """Reads a prompt with the important tokens of each layer; cuts the cache to them if asked."""
+class ZipPolicy(PrefillPolicy, CachePolicy, StoragePolicy):
+    """Reads a prompt with the important tokens of each layer, and has the cache keep them, or keep them in more bits."""
 
     def __init__(self, method: ZipVL) -> None:
         self.method = method
+        self.drops = method.cache == "evict"
         #: Of the last prompt, by layer: p / n of each sequence, and the share of causal attention that was computed.
         self.ratios: dict[int, list[float]] = {}
         self.areas: dict[int, float] = {}
@@ -189,17 +194,25 @@ class ZipPolicy(PrefillPolicy, CachePolicy):
 
     def open(self, layer: LayerView) -> Choice:
         """Nothing chosen."""
-        if isinstance(layer.kv, MixedPrecisionKV):
-            layer.prepared = MixedAttention(layer.kv)  # PROVISIONAL
         return Choice()
+
+    def layers(self, shape: ModelShape) -> list[Callable[[KVLayer | None], KVLayer]]:
+        """Storage in mixed precision."""
+        return [partial(MixedPrecisionKV.of, self.method.bits)] * shape.layers
 
     def prefill(self, layer: LayerView, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Sparse where the block is a whole prompt; dense where rows came before it, or the layer has a window."""
         state = cast(Choice, layer.prefill_state)
         state.ids = None
         if layer.window or query.shape[2] != key.shape[2]:
-            why = "layers with a sliding window" if layer.window else "a block of tokens that follows cached ones"
+            why = (
+                "what a layer with a sliding window sees"
+                if layer.window
+                else "a block of tokens that follows cached ones"
+            )
             layer.runtime.say_once(f"zipvl: {why} is read densely, and its rows are kept as they are")
+            if layer.window:
+                self.ratios[layer.index], self.areas[layer.index] = [1.0], 1.0
             return dense_attention(query, key, value, layer.scale, starts=layer.starts, window=layer.window)
         return self._sparse(layer, state, query, key, value)
 
@@ -238,8 +251,7 @@ class ZipPolicy(PrefillPolicy, CachePolicy):
                 assert state.scores is not None and kv.key_storage is not None
                 keep = rows_to_keep(chosen, state.scores)
                 layer.keep(keep[:, None].expand(*kv.key_storage.shape[:2], -1))
-        elif not layer.window:
-            kv = mixed_precision(layer, self.method.bits)
+        elif isinstance(kv, MixedPrecisionKV) and not layer.window:
             if chosen is not None:
                 kv.compress(chosen, layer.starts)
             elif kv.recent >= self.method.interval:
@@ -334,15 +346,29 @@ class ZipVL(AttentionMethod):
         return int(select_by_mass(accumulated, self.tau))
 
     def policies(self, model: nn.Module, calibration: Calibration | None) -> dict[str, Any]:
-        """One policy for both phases."""
-        policy = ZipPolicy(self)
-        return {"prefill": policy} if self.cache == "none" else {"prefill": policy, "cache": policy}
+        """One policy for all phases.
+
+        Raises:
+            InputError: the model's heads do not fill words of such codes.
+        """
+        if self.cache == "quant":
+            for bits in self.bits:
+                check_layout("zipvl", model_shape(model).head_dim, bits, "token", None)
+        phases = {"none": ("prefill",), "evict": ("prefill", "cache"), "quant": ("prefill", "cache", "storage")}
+        return dict.fromkeys(phases[self.cache], ZipPolicy(self))
 
     def io_bytes(self, length: int, shape: ModelShape, element_size: int) -> dict[str, int]:
-        """The rows that the cache holds: all but the last of `length` tokens were the prompt.
+        """What the cache holds, and the new row: all but the last of `length` tokens were the prompt.
 
-        How many tokens τ keeps is known only when the prompt was read; without `ratio` this is an upper bound.
+        How many tokens τ keeps is known only when the prompt was read: without `ratio` this is an upper bound.
         """
-        prompt = length - 1
-        rows = length if self.cache == "none" or self.ratio is None else resolve(self.ratio, prompt) + 1
-        return {"rows": rows * shape.kv_heads * 2 * shape.head_dim * element_size, "scores": 0}
+        prompt, channels = length - 1, shape.kv_heads * shape.head_dim
+        count = prompt if self.ratio is None else resolve(self.ratio, prompt)
+        full = 2 * channels * element_size
+        if self.cache != "quant":
+            return {"rows": ((count if self.cache == "evict" else prompt) + 1) * full, "scores": 0}
+        total = full
+        for rows, bits in zip((count, prompt - count), self.bits, strict=True):
+            if rows:  # codes; two scales of a token in bfloat16; those of the keys' channels, and the values' factors
+                total += rows * (2 * channels * bits // 8 + 4 * shape.kv_heads) + channels * (4 + 4)
+        return {"rows": total, "scores": 0}

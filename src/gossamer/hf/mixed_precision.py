@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,11 +25,15 @@ from torch.nn.utils.rnn import pad_sequence
 from gossamer.errors import InputError
 from gossamer.hf.cache import KVLayer, _round_up
 from gossamer.hf.offload import Allocator
-from gossamer.ops import decode_attention, merge_attention
-from gossamer.ops.quantized_kv import QuantizedRows, dequantize_rows, quantize_rows, quantized_decode_attention
-
-if TYPE_CHECKING:
-    from gossamer.hf.attention import LayerView
+from gossamer.ops import Prepared, decode_attention, merge_attention
+from gossamer.ops._dispatch import DTYPE_CODES, is_forced, native
+from gossamer.ops.quantized_kv import (
+    NativeRows,
+    QuantizedRows,
+    dequantize_rows,
+    quantize_rows,
+    quantized_decode_attention,
+)
 
 
 def channel_factors(value: Tensor) -> Tensor:
@@ -83,15 +87,6 @@ class Part:
         """Keys and values ``[batch, kv_heads, n, d]``."""
         value = dequantize_rows(self.value, 0, self.rows).mul_(self.factor.unsqueeze(2))
         return dequantize_rows(self.key, 0, self.rows, dtype), value.to(dtype)
-
-    def attend(self, query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """Attention of one query per sequence ``[batch, heads, d]`` over this part, and its log-sum-exp ``[batch, heads]``."""
-        out, lse = quantized_decode_attention(
-            query, self.key, self.value, lengths=self.counts, scale=scale, return_lse=True
-        )
-        kv_heads = self.factor.shape[1]
-        scaled = out.unflatten(1, (kv_heads, -1)) * self.factor.unsqueeze(2)
-        return scaled.flatten(1, 2).to(query.dtype), lse
 
 
 def quantize_part(
@@ -165,6 +160,7 @@ class MixedPrecisionKV(KVLayer):
         self.bits = bits
         self.parts: list[Part] = []
         self.split = 0
+        self._parts_bytes = 0
 
     @property
     def recent(self) -> int:
@@ -177,6 +173,23 @@ class MixedPrecisionKV(KVLayer):
         assert self.key_storage is not None and self.value_storage is not None
         return self.key_storage.narrow(2, 0, self.recent), self.value_storage.narrow(2, 0, self.recent)
 
+    @classmethod
+    def of(cls, bits: tuple[int, int], layer: KVLayer | None) -> MixedPrecisionKV:
+        """This layer, or one in mixed precision with its rows, all of them recent."""
+        if isinstance(layer, cls) and layer.bits == bits:
+            return layer
+        if layer is None:
+            return cls(bits=bits)
+        made = cls(layer.reserve, layer.allocate, bits=bits)
+        if layer.is_initialized:
+            with made._only_recent():
+                KVLayer.update(made, layer.key_rows(0, layer.length), layer.value_rows(0, layer.length))
+        made.dropped, made._kept = layer.dropped, layer._kept
+        made.starts, made.row_positions, made.saved = layer.starts, layer.row_positions, layer.saved
+        for runtime, parts in layer.states().items():
+            made.carried[runtime] = parts
+        return made
+
     @contextmanager
     def _only_recent(self) -> Iterator[None]:
         """Inside, `length` is that of the storage."""
@@ -186,21 +199,25 @@ class MixedPrecisionKV(KVLayer):
         finally:
             self.length += self.split
 
-    def rows(self, length: int) -> tuple[Tensor, Tensor]:
-        """The first `length` keys and values ``[batch, kv_heads, length, head_dim]``, dequantised where they must be."""
-        key, value = self.recent_rows
-        if not self.split:
-            return key.narrow(2, 0, length), value.narrow(2, 0, length)
-        shape = (*key.shape[:2], self.length, key.shape[3])
-        whole = key.new_zeros(shape), value.new_zeros(shape)
+    def key_rows(self, first: int, last: int) -> Tensor:
+        """Key rows ``[batch, kv_heads, last - first, head_dim]``, dequantised where they are quantised."""
+        return self._rows(0, first, last)
+
+    def value_rows(self, first: int, last: int) -> Tensor:
+        """Value rows, as `key_rows`."""
+        return self._rows(1, first, last)
+
+    def _rows(self, which: int, first: int, last: int) -> Tensor:
+        recent = self.recent_rows[which]
+        if first >= self.split:
+            return recent.narrow(2, first - self.split, last - first)
+        whole = recent.new_zeros(*recent.shape[:2], self.length, recent.shape[3])
         for part in self.parts:
+            rows = part.dequantize(recent.dtype)[which]
             for b, count in enumerate(part.counts.tolist()):
-                at = part.positions[b, :count]
-                for rows, new in zip(whole, part.dequantize(key.dtype), strict=True):
-                    rows[b, :, at] = new[b, :, :count]
-        for rows, new in zip(whole, (key, value), strict=True):
-            rows[:, :, self.split :] = new
-        return whole[0].narrow(2, 0, length), whole[1].narrow(2, 0, length)
+                whole[b, :, part.positions[b, :count]] = rows[b, :, :count]
+        whole[:, :, self.split :] = recent
+        return whole.narrow(2, first, last - first)
 
     def compress(self, important: Sequence[Tensor], starts: Tensor | None = None) -> None:
         """Quantise all recent rows: those named in more bits, the others in fewer, and free what they took.
@@ -228,6 +245,7 @@ class MixedPrecisionKV(KVLayer):
         for rows, bits in ((high, self.bits[0]), (low, self.bits[1])):
             if any(map(len, rows)):
                 self.parts.append(quantize_part(key, value, rows, bits, first=self.split))
+        self._parts_bytes = sum(part.nbytes for part in self.parts)
         if self.split == 0:
             seen, self.length = self.length, 0  # nothing to copy
             self._reallocate(_round_up(self.reserve - seen))
@@ -239,34 +257,43 @@ class MixedPrecisionKV(KVLayer):
     @property
     def keys(self) -> Tensor | None:
         """All keys, dequantised."""
-        return None if self.key_storage is None else self.rows(self.length)[0]
+        return None if self.key_storage is None else self.key_rows(0, self.length)
 
     @property
     def values(self) -> Tensor | None:
         """All values, dequantised."""
-        return None if self.value_storage is None else self.rows(self.length)[1]
+        return None if self.value_storage is None else self.value_rows(0, self.length)
 
     @property
     def nbytes(self) -> int:
         """Bytes that are stored: codes, scales and factors, and the recent rows."""
         with self._only_recent():
-            return super().nbytes + sum(part.nbytes for part in self.parts)
+            return super().nbytes + self._parts_bytes
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append rows in full precision; returns all of them, dequantised.
 
-        For a single row after a compression what returns has the shape alone (it is NaN): attention of one query reads what
-        is stored, and dequantising all of it at every step would cost more than attention does.
+        A single row that a runtime attends to after a compression returns placeholders of the right shape, full of NaN: the
+        runtime reads what is stored, and dequantising all of it at every step would cost more than attention does.
         """
         with self._only_recent():
             recent = super().update(key_states, value_states)
         if not self.split:
             return recent
-        if key_states.shape[2] > 1:
-            return self.rows(self.length)
+        runtime = self.reader() if self.reader is not None else None
+        differentiable = torch.is_grad_enabled() and key_states.requires_grad
+        if key_states.shape[2] > 1 or runtime is None or not runtime.attached or differentiable:
+            return self.key_rows(0, self.length), self.value_rows(0, self.length)
         shape = (*key_states.shape[:2], self.length, key_states.shape[3])
         nothing = key_states.new_full((1, 1, 1, 1), math.nan).expand(shape)
         return nothing, nothing
+
+    def prepare(self, previous: Prepared | None) -> Prepared:
+        """Attention over the parts and the recent rows."""
+        if not isinstance(previous, MixedAttention) or previous.kv is not self:
+            return MixedAttention(self)
+        previous.refresh()
+        return previous
 
     def move(self, allocate: Allocator) -> None:
         """Keep the recent rows in another place from now on."""
@@ -276,7 +303,7 @@ class MixedPrecisionKV(KVLayer):
     def reset(self) -> None:
         """Drop everything."""
         super().reset()
-        self.parts, self.split = [], 0
+        self.parts, self.split, self._parts_bytes = [], 0, 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` rows, which must be in full precision still.
@@ -302,23 +329,10 @@ class MixedPrecisionKV(KVLayer):
         super()._replace_batch(pick)
         with torch.inference_mode(False):
             self.parts = [part.map(pick) for part in self.parts]
+            self._parts_bytes = sum(part.nbytes for part in self.parts)
 
 
-def mixed_precision(layer: LayerView, bits: tuple[int, int]) -> MixedPrecisionKV:
-    """The layer's rows in a `MixedPrecisionKV`; if they lie in another, they move there, and it takes its place."""
-    old = layer.kv
-    if isinstance(old, MixedPrecisionKV):
-        return old
-    new = MixedPrecisionKV(old.reserve, old.allocate, bits=bits)
-    new.key_storage, new.value_storage, new.length = old.key_storage, old.value_storage, old.length
-    cache = layer.runtime._cache()
-    cache.layers[layer.index] = layer.kv = new
-    new.views[layer.runtime] = layer
-    layer.prepared = MixedAttention(new)
-    return new
-
-
-class MixedAttention:
+class MixedAttention(Prepared):
     """Attention over a `MixedPrecisionKV` as it is stored now: one partial attention a part, and one of the recent rows.
 
     Every compression adds two parts, so a step makes two calls more for each (with ZipVL: for 100 generated tokens).
@@ -328,32 +342,64 @@ class MixedAttention:
         assert kv.key_storage is not None
         self.kv = kv
         self.batch, self.kv_heads, _, self.dim = kv.key_storage.shape
-        self.row_bytes = 2 * self.dim * kv.key_storage.element_size()
-        """Bytes of one key row and one value row in full precision."""
+        self.dtype = kv.dtype
+        self.full_row_bytes = 2 * self.dim * kv.key_storage.element_size()
+        self._parts: list[Part] | None = None
+        self._count = 0
+        self._native: list[NativeRows] | None = None
+        self.refresh()
 
-    def fits(self, key: Tensor | None, value: Tensor | None) -> bool:
-        """PROVISIONAL"""
-        return True
+    def refresh(self) -> None:
+        """Look at what is stored; `row_bytes` is the average of all rows, rounded."""
+        kv = self.kv
+        if self._parts is not kv.parts or self._count != len(kv.parts):
+            self._parts, self._count = kv.parts, len(kv.parts)
+            factors = [part.factor for part in kv.parts]
+            ones = torch.ones(self.batch, self.kv_heads, self.dim)
+            stacked = torch.stack([*factors, ones.to(factors[0].device) if factors else ones])
+            self._factors = stacked.unsqueeze(3)  # of each part, and of the recent rows
+            takes = native() is not None and self.dtype in DTYPE_CODES and all(x.is_cpu for x in factors)
+            self._native = [NativeRows(x.key, x.value, None, self.dtype) for x in kv.parts] if takes else None
+        self.capacity = kv.split + kv.capacity
+        self.row_bytes = round(kv.nbytes / max(1, kv.length * self.batch * self.kv_heads))
 
     def rows(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """The first rows, dequantised."""
-        key, value = self.kv.rows(length)
-        return key.to(device), value.to(device)
+        return self.kv.key_rows(0, length).to(device), self.kv.value_rows(0, length).to(device)
 
     def dense(self, query: Tensor, length: int, *, scale: float, starts: Tensor | None = None) -> Tensor:
         """Attend rows [starts, length) with `query` ``[batch, heads, head_dim]``."""
         kv = self.kv
         if length < kv.split:
             return decode_attention(query, *self.rows(length, query.device), starts=starts, scale=scale)
-        done = [part.attend(query, scale) for part in kv.parts]
+        outs, lses = [], []
+        for i, part in enumerate(kv.parts):
+            out, lse = self._part(i, part, query, scale)
+            outs.append(out)
+            lses.append(lse)
         if length > kv.split:
             key, value = (x.narrow(2, 0, length - kv.split) for x in kv.recent_rows)
             after = None if starts is None else (starts - kv.split).clamp_min(0)
-            done.append(decode_attention(query, key, value, starts=after, scale=scale, return_lse=True))
-        if len(done) == 1:
-            return done[0][0]
-        outs, lses = zip(*done, strict=True)
-        return merge_attention(torch.stack(outs), torch.stack(lses))[0]
+            out, lse = decode_attention(query, key, value, starts=after, scale=scale, return_lse=True)
+            if not outs:
+                return out
+            outs.append(out)
+            lses.append(lse)
+        grouped = torch.stack(outs).unflatten(2, (self.kv_heads, -1))
+        scaled = (grouped * self._factors[: len(outs)]).flatten(2, 3)
+        return merge_attention(scaled, torch.stack(lses))[0].to(query.dtype)
+
+    def _part(self, i: int, part: Part, query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Attention over part i, before its factors, and its log-sum-exp."""
+        fits = query.dtype is self.dtype and query.is_cpu and not query.requires_grad
+        if self._native is None or not fits or is_forced() or torch.compiler.is_compiling():
+            rows: tuple[Tensor, Tensor] = quantized_decode_attention(
+                query, part.key, part.value, lengths=part.counts, scale=scale, return_lse=True
+            )
+            return rows
+        lse = torch.empty(query.shape[:2])
+        rows_of = self._native[i]
+        return rows_of.attend(query, part.rows, part.rows, scale, lengths=part.counts, lse=lse)[0], lse
 
     def listed(
         self,
