@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from gossamer.calibration import Calibration
 from gossamer.errors import RecipeError
-from gossamer.hf import AttentionRuntime, CachePolicy, DecodePolicy, ModelShape, PrefillPolicy
+from gossamer.hf import AttentionRuntime, CachePolicy, DecodePolicy, ModelShape, PrefillPolicy, StoragePolicy
 from gossamer.registry import Handle, Method
 
-PHASES = ("decode", "prefill", "cache")
+PHASES = ("decode", "prefill", "cache", "storage")
 
 
 class PolicyMethod(Method):
-    """Base of these methods: one fills one or more of `decode_policy`, `prefill_policy`, `cache_policy`."""
+    """Base of these methods: one fills one or more of `decode_policy`, `prefill_policy`, `cache_policy`, `storage_policy`."""
 
     def calibrate(self, model: nn.Module, tokens: Tensor) -> Calibration:
         """Learn what `attach` needs from token blocks ``[count, block]``.
@@ -40,6 +40,10 @@ class PolicyMethod(Method):
 
     def cache_policy(self, model: nn.Module, calibration: Calibration | None) -> CachePolicy | None:
         """The policy for what the cache keeps, or None."""
+        return None
+
+    def storage_policy(self, model: nn.Module, calibration: Calibration | None) -> StoragePolicy | None:
+        """The policy for how rows are stored, or None."""
         return None
 
     def policies(self, model: nn.Module, calibration: Calibration | None) -> dict[str, Any]:
@@ -68,17 +72,17 @@ class PolicyHandle(Handle):
 
 
 def attach(model: nn.Module, chosen: Sequence[tuple[PolicyMethod, Calibration | None]]) -> PolicyHandle:
-    """Attach methods together, at most one for each of decode, prefill and cache.
+    """Attach methods together, at most one for each of decode, prefill, cache and storage.
 
     Raises:
-        RecipeError: two methods claim the same phase.
+        RecipeError: two methods claim the same phase, or rows can't be stored as one of them needs them.
     """
     policies: dict[str, Any] = {}
     owner: dict[str, str] = {}
     for method, calibration in chosen:
         for phase, policy in method.policies(model, calibration).items():
             if phase in policies:
-                where = "the cache" if phase == "cache" else f"attention in {phase}"
+                where = {"cache": "the cache", "storage": "the storage of the cache"}.get(phase, f"attention in {phase}")
                 hint = (
                     " (prompt='block' leaves prefill free)"
                     if any("prompt" in type(m).model_fields for m, _ in chosen)
@@ -86,6 +90,7 @@ def attach(model: nn.Module, chosen: Sequence[tuple[PolicyMethod, Calibration | 
                 )
                 raise RecipeError(f"{owner[phase]} and {method.slug} both claim {where}: choose one{hint}")
             policies[phase], owner[phase] = policy, method.slug
+    _check_storage(policies, owner)
     runtime = AttentionRuntime(model, **policies)
 
     def report() -> dict[str, Any]:
@@ -101,3 +106,20 @@ def attach(model: nn.Module, chosen: Sequence[tuple[PolicyMethod, Calibration | 
         return facts
 
     return PolicyHandle(undo=[runtime.detach], reports=[report], runtime=runtime)
+
+
+def _check_storage(policies: dict[str, Any], owner: dict[str, str]) -> None:
+    """What can't be done to rows that are stored in another way than the model makes them."""
+    storage, decode, cache = (policies.get(phase) for phase in ("storage", "decode", "cache"))
+    if storage is None:
+        return
+    slug = owner["storage"]
+    if decode is not None and decode.places is not None:
+        raise RecipeError(f"{slug} keeps rows in memory and {owner['decode']} offloads them: choose one (offload='none')")
+    if cache is not None and cache.rewrites:
+        raise RecipeError(f"{owner['cache']} merges rows, which {slug} has quantised: choose one of the two")
+    if cache is not None and cache.drops and storage.grouped:
+        raise RecipeError(
+            f"{owner['cache']} drops single rows, but {slug} lets rows share scales per channel: set key_axis='token' and "
+            "value_axis='token'"
+        )

@@ -21,6 +21,7 @@ Slot = Literal[
     "attention.prefill",
     "attention.decode",
     "cache",
+    "cache.storage",
     "tokens",
     "drafting",
     "acceptance",

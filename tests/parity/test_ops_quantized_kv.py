@@ -12,8 +12,9 @@ from gossamer.errors import InputError
 from gossamer.ops.quantized_kv import pack, row_bytes, scales_of, unpack
 
 needs_native = pytest.mark.skipif("native" not in ops.available_backends(), reason="native kernels are not built")
-# The query is held to 15 bits, weights to 16 bits of the largest of a block.
-TOLERANCE = {torch.float32: 1.5e-3, torch.bfloat16: 1.6e-2}
+# The query is held to 15 bits of its largest channel (steps folded in), weights to 16 bits of the largest of a block. With
+# a bfloat16 query and codes of 2 or 4 bits it is 7 bits: a tenth of what such codes lose themselves.
+TOLERANCE = {torch.float32: 1.5e-3, torch.bfloat16: 4e-2}
 AXES = [("token", None), ("channel", 16), ("channel", 24), ("channel", 64), ("channel", None)]
 
 

@@ -40,14 +40,14 @@ class ExactTopKPolicy(SelectingPolicy):
 
     def scores(self, layer: LayerView, query: Tensor, length: int) -> Tensor:
         """``[batch, heads, length]``."""
-        key, _ = layer.rows(length)
+        key = layer.key_rows(0, length)
         grouped = query.unflatten(1, (key.shape[1], -1))
         return torch.einsum("bkgd,bksd->bkgs", grouped.float(), key.float()).flatten(1, 2)
 
     def score_bytes(self, layer: LayerView, length: int) -> int:
         """All keys."""
-        key, _ = layer.rows(length)
-        return key.numel() * key.element_size()
+        kv = layer.kv
+        return kv.batch * kv.heads * length * layer.runtime.shape.head_dim * kv.dtype.itemsize
 
     def select(self, layer: LayerView, query: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Top rows by `scores`."""

@@ -74,13 +74,11 @@ class DoubleSparsityPolicy(SelectingPolicy):
         """A label cache with room for all rows, those that it has filled in place."""
         state, kv, channels = cast(Labels, layer.state), layer.kv, self.channels[layer.index]
         if state.cache is None or state.cache.capacity < kv.length:
-            assert kv.key_storage is not None
             with torch.inference_mode(False):  # written in and out of inference mode
-                key = kv.key_storage
                 if state.cache is None:
                     heads, r = channels.shape
                     state.cache = ops.LabelCache.allocate(
-                        key.shape[0], heads, kv.capacity, r, self.method.label_bits, key.dtype, channels.device
+                        kv.batch, heads, kv.capacity, r, self.method.label_bits, kv.dtype, channels.device
                     )
                 state.cache = state.cache.grow(kv.capacity)
         return state.cache
@@ -90,8 +88,7 @@ class DoubleSparsityPolicy(SelectingPolicy):
         state, kv, channels = cast(Labels, layer.state), layer.kv, self.channels[layer.index]
         cache = self.room(layer)
         if state.rows < kv.length:
-            assert kv.key_storage is not None
-            new = kv.key_storage.narrow(2, state.rows, kv.length - state.rows).to(channels.device)
+            new = layer.key_rows(state.rows, kv.length).to(channels.device)
             ops.append_labels(cache, self.label_keys(new), channels, state.rows)
             state.rows = kv.length
         return cache
@@ -102,14 +99,41 @@ class DoubleSparsityPolicy(SelectingPolicy):
 
     def select(self, layer: LayerView, query: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """The rows that `decode` would attend."""
+        if layer.kv.key_storage is None:
+            return self._best(layer, query, length)
         self.attend(layer, query, length)
         attention = cast(Labels, layer.state).prepared
         assert attention is not None
         indices, counts = attention.chosen
         return indices.clone(), counts.clone()
 
+    def _best(self, layer: LayerView, query: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """`select` by itself: rows that are stored in another way (quantised) are attended by their own kernel."""
+        scores = ops.label_scores(
+            self.label_queries(query),
+            self.channels[layer.index],
+            self.labels(layer),
+            length,
+            starts=layer.starts,
+            reduce=self.method.group_reduce if self.method.select_per == "kv_head" else "none",
+            kv_heads=layer.kv.heads,
+        )
+        if self.method.keep_current:
+            scores[..., length - 1] = torch.inf
+        return ops.select_topk(scores, self.budget(length), starts=layer.starts)
+
+    def score_bytes(self, layer: LayerView, length: int) -> int:
+        """Labels of all rows."""
+        return self.labels(layer).nbytes(length)
+
+    def label_queries(self, query: Tensor) -> Tensor:
+        """What label channels are picked from: the query ``[batch, heads, head_dim]`` itself."""
+        return query
+
     def decode(self, layer: LayerView, query: Tensor, length: int) -> Tensor:
         """Dense where asked; otherwise score, select and attend."""
+        if layer.kv.key_storage is None:
+            return super().decode(layer, query, length)
         if self.is_dense(layer, length):
             return layer.dense_decode(query, length)
         out, rows = self.attend(layer, query, length)
@@ -156,24 +180,13 @@ class NeighbourPolicy(DoubleSparsityPolicy):
         pooled: Tensor = key.unflatten(-1, (self.channels[0].shape[1], -1)).mean(-1)
         return pooled
 
+    def label_queries(self, query: Tensor) -> Tensor:
+        """The query with its channels averaged in groups."""
+        return self.label_keys(query)
+
     def select(self, layer: LayerView, query: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """The best rows by the averaged channels."""
-        scores = ops.label_scores(
-            self.label_keys(query),
-            self.channels[layer.index],
-            self.labels(layer),
-            length,
-            starts=layer.starts,
-            reduce=self.method.group_reduce if self.method.select_per == "kv_head" else "none",
-            kv_heads=layer.attention().kv_heads,
-        )
-        if self.method.keep_current:
-            scores[..., length - 1] = torch.inf
-        return ops.select_topk(scores, self.budget(length), starts=layer.starts)
-
-    def score_bytes(self, layer: LayerView, length: int) -> int:
-        """Labels of all rows."""
-        return self.labels(layer).nbytes(length)
+        return self._best(layer, query, length)
 
     def decode(self, layer: LayerView, query: Tensor, length: int) -> Tensor:
         """Select, then attend."""

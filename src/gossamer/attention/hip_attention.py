@@ -253,7 +253,7 @@ class HipPolicy(SelectingPolicy, PrefillPolicy):
         state.bytes_read = 0
         stands = state.rows == state.made_at <= length and length // m.refresh == state.made_at // m.refresh
         if state.ids is None or not stands:
-            key, _ = layer.rows(length)
+            key = layer.key_rows(0, length)
             index = self.find(layer, query[:, :, None], key, 1)
             rows, valid = index.rows()
             state.ids, state.counts = rows[:, :, 0].to(torch.int32), valid[:, :, 0].sum(2, dtype=torch.int32)

@@ -44,9 +44,10 @@ class PageBounds(Derived):
     low: Tensor | None = None
     high: Tensor | None = None
 
-    def extend(self, key: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
-        """Bring the bounds up to the last whole page of `key` and return those of all whole pages."""
-        done, pages = self.rows // page_size, key.shape[2] // page_size
+    def extend(self, key: Tensor, page_size: int, first: int = 0) -> tuple[Tensor, Tensor]:
+        """Bring the bounds up to the last whole page of rows and return those of all whole pages; `key` holds the rows
+        from `first` on, none of them later than the first that has no bounds yet."""
+        done, pages = self.rows // page_size, (first + key.shape[2]) // page_size
         if self.low is None or self.low.shape[2] < pages:
             shape = (key.shape[0], key.shape[1], max(64, 2 * pages), key.shape[3])
             old_low, old_high = self.low, self.high
@@ -56,7 +57,7 @@ class PageBounds(Derived):
                 self.low[:, :, :done], self.high[:, :, :done] = old_low[:, :, :done], old_high[:, :, :done]
         assert self.high is not None
         if pages > done:
-            fresh = page_bounds(key[:, :, done * page_size : pages * page_size], page_size)
+            fresh = page_bounds(key[:, :, done * page_size - first : pages * page_size - first], page_size)
             self.low[:, :, done:pages], self.high[:, :, done:pages] = fresh
         self.rows = pages * page_size
         return self.low[:, :, :pages], self.high[:, :, :pages]
@@ -80,14 +81,14 @@ class QuestPolicy(SelectingPolicy):
 
     def score_bytes(self, layer: LayerView, length: int) -> int:
         """Two bounds for every page before the current token's."""
-        key, _ = layer.rows((length - 1) // self.method.page_size)
-        return 2 * key.numel() * key.element_size()
+        attention, pages = layer.attention(), (length - 1) // self.method.page_size
+        return pages * attention.batch * attention.kv_heads * attention.full_row_bytes
 
     def select(self, layer: LayerView, query: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Rows of the best pages and of the open page, per query head."""
         size, state = self.method.page_size, cast(PageBounds, layer.state)
-        key, _ = layer.rows(layer.kv.length)
-        low, high = state.extend(key, size)
+        first = state.rows // size * size
+        low, high = state.extend(layer.key_rows(first, layer.kv.length), size, first)
         whole = (length - 1) // size  # pages that end before the current token's page
         scores = page_scores(query, low[:, :, :whole], high[:, :, :whole])
         first = layer.starts.to(torch.int32) // size if layer.starts is not None else None

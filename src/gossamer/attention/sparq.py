@@ -76,17 +76,18 @@ class KeyColumns(Derived):
 
     storage: Tensor | None = None
 
-    def extend(self, key: Tensor, capacity: int) -> Tensor:
-        """Bring the copy up to `key` ``[batch, kv_heads, rows, d]`` and return the storage."""
+    def extend(self, key: Tensor, capacity: int, first: int = 0) -> Tensor:
+        """Bring the copy up to date and return the storage; `key` ``[batch, kv_heads, rows, d]`` holds the rows from
+        `first` on, none of them later than the first that is missing."""
         if self.storage is None or self.storage.shape[3] < capacity:
             old = self.storage
             with torch.inference_mode(False):  # written in any mode
                 self.storage = key.new_empty(key.shape[0], key.shape[1], key.shape[3], capacity)
             if old is not None:
                 self.storage[..., : self.rows] = old[..., : self.rows]
-        rows = key.shape[2]
+        rows = first + key.shape[2]
         if rows > self.rows:
-            self.storage[..., self.rows : rows] = key[:, :, self.rows :].transpose(2, 3)
+            self.storage[..., self.rows : rows] = key[:, :, self.rows - first :].transpose(2, 3)
         self.rows = max(self.rows, rows)
         return self.storage
 
@@ -113,21 +114,22 @@ class SparQPolicy(SelectingPolicy):
 
     def score_bytes(self, layer: LayerView, length: int) -> int:
         """r channels of every key."""
-        key, _ = layer.rows(length)
-        return self.channels(layer) * key.shape[:3].numel() * key.element_size()
+        kv = layer.kv
+        return self.channels(layer) * kv.batch * kv.heads * length * kv.dtype.itemsize
 
     def select(self, layer: LayerView, query: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Rows with the highest approximate scores, per query head or by the group's summed probabilities."""
-        key, _ = layer.rows(layer.kv.length)
-        storage = cast(KeyColumns, layer.state).extend(key.to(query.device), layer.kv.capacity)
-        channels = top_channels(query, key.shape[1], self.channels(layer))
+        kv, state = layer.kv, cast(KeyColumns, layer.state)
+        key = layer.key_rows(min(state.rows, kv.length), kv.length)
+        storage = state.extend(key.to(query.device), kv.capacity, min(state.rows, kv.length))
+        channels = top_channels(query, kv.heads, self.channels(layer))
         scores, tau = channel_scores(query, channels, storage, length)
         if self.method.select_per == "kv_head":
             scores = scores * (layer.scale * query.shape[2] ** 0.5 / tau)
             if layer.starts is not None:
                 padding = torch.arange(length, device=query.device) < layer.starts[:, None, None]
                 scores = scores.masked_fill(padding, float("-inf"))
-            scores = scores.softmax(-1).unflatten(1, (key.shape[1], -1)).sum(2)
+            scores = scores.softmax(-1).unflatten(1, (kv.heads, -1)).sum(2)
         return ops.select_topk(scores, self.budget(length), starts=layer.starts)
 
 

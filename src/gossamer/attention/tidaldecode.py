@@ -171,7 +171,7 @@ class TidalPolicy(SelectingPolicy):
 
     def choose(self, layer: LayerView, query: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """The rows with this layer's highest true scores, per query head."""
-        key, _ = layer.rows(length)
+        key = layer.key_rows(0, length)
         scores = exact_scores(query, key.to(query.device))
         if self.method.keep_current:
             scores[:, :, -1] = float("inf")

@@ -237,14 +237,14 @@ class TokenSelectState(Derived):
             self.latest = int(self.made.max())
         kv = layer.kv
         if rotary is not None and (self.rows < kv.length or self.plain is None):
-            assert kv.key_storage is not None
             if self.plain is None or self.plain.shape[2] < kv.length:
                 old = self.plain
                 with torch.inference_mode(False):  # to be written in any mode
-                    self.plain = kv.key_storage.new_empty(kv.key_storage.shape)
+                    like = kv.key_rows(0, 1)
+                    self.plain = like.new_empty(kv.batch, kv.heads, kv.capacity, like.shape[3])
                 if old is not None:
                     self.plain[:, :, : self.rows] = old[:, :, : self.rows]
-            key = kv.key_storage[:, :, self.rows : kv.length]
+            key = kv.key_rows(self.rows, kv.length)
             at = kv.positions[:, :, self.rows :] if kv.dropped else torch.arange(self.rows, kv.length)
             self.plain[:, :, self.rows : kv.length] = rotary.undo(key, layer.index, at.to(key.device))
         self.rows = kv.length
@@ -346,10 +346,12 @@ class TokenSelectPolicy(SelectingPolicy, PrefillPolicy):
     def _choose(self, layer: LayerView, state: TokenSelectState, query: Tensor, length: int, parts: Parts) -> Tensor:
         """Ids int32 ``[B, k]`` of the candidates with most votes, for queries ``[B, H, d]``."""
         n_init, k, n_local = parts
-        source = layer.kv.key_storage if self.rotary is None else state.plain
-        assert source is not None
         candidates = length - n_local - n_init
-        key = source.narrow(2, n_init, candidates).to(query.device)
+        if self.rotary is None:
+            key = layer.key_rows(n_init, n_init + candidates).to(query.device)
+        else:
+            assert state.plain is not None
+            key = state.plain.narrow(2, n_init, candidates).to(query.device)
         # A sequence that starts at row s has its sinks there: its candidates begin at s + n_init, s of this slice.
         first = None if layer.starts is None else layer.starts.to(query.device, torch.int32).clamp_max(candidates)
         scale = layer.scale if isinstance(self.method.vote_scale, str) else self.method.vote_scale

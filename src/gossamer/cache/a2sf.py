@@ -172,8 +172,7 @@ class ScoredPolicy(EvictingPolicy):
         method, kv, new = self.method, layer.kv, query.shape[2]
         state = cast(RowScores, layer.cache_state)
         budget, recent, sink = method.plan(kv.length + kv.dropped)
-        key, _ = layer.rows(kv.length)
-        key = key.to(query.device)
+        key = layer.key_rows(0, kv.length).to(query.device)
         if new == 1:
             if method.mode == "prefill":
                 return
@@ -239,8 +238,7 @@ class A2SF(CacheMethod):
     cuts after each block of more than one token (a prompt, a chunk of it, a turn), scored by that block alone, and lets
     generated tokens stay.
 
-    Layers with a sliding window keep their window. A rolled-back step must not have dropped rows, and a reordered batch
-    (beam search) starts its scores afresh.
+    Layers with a sliding window keep their window. A rolled-back step must not have dropped rows.
 
     >>> A2SF(budget=256, alpha=0.1, sink=4).plan(1000)
     (256, 0, 4)

@@ -106,11 +106,19 @@ def survivors(scores: Tensor, keep: int) -> Tensor:
 class RowScores(Derived):
     """One float32 score for each row of a cache layer ``[batch, kv_heads, rows]``, kept in step with its edits.
 
-    After a crop the scores of the removed rows are gone; what their queries added to other rows stays. A changed batch
-    (beam search) starts from 0: rows unknown to it have score 0.
+    After a crop the scores of the removed rows are gone; what their queries added to other rows stays. They follow a
+    changed batch (beam search) and are saved with the cache; rows unknown to them have score 0.
     """
 
     scores: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The scores of the rows that are there."""
+        return {} if self.scores is None else {"scores": self.scores[:, :, : self.rows]}
+
+    def restore(self, tensors: dict[str, Tensor], rows: int) -> None:
+        """Take the scores back."""
+        self.scores, self.rows = tensors["scores"], rows
 
     def upto(self, like: Tensor) -> Tensor:
         """The scores, with 0 for rows not seen before; shape and device of `like` ``[batch, kv_heads, rows]``."""
@@ -144,9 +152,8 @@ class EvictingPolicy(CachePolicy):
             if layer.index not in self.held:
                 layer.runtime.say_once("layers with a sliding window keep what their window sees, whatever the budget")
             if kv.length >= 2 * layer.window:  # not at every step: a drop copies what stays
-                assert kv.key_storage is not None
                 ids = torch.arange(kv.length - layer.window, kv.length, device=query.device)
-                layer.keep(ids.expand(*kv.key_storage.shape[:2], -1))
+                layer.keep(ids.expand(kv.batch, kv.heads, -1))
         else:
             with torch.no_grad():
                 self.evict(layer, query)

@@ -57,7 +57,7 @@ class SnapPolicy(EvictingPolicy):
         if query.shape[2] == 1 or kv.length <= budget:
             return
         window = query[:, :, -min(method.window, budget) :]
-        key = layer.rows(kv.length)[0].to(query.device)
+        key = layer.key_rows(0, kv.length).to(query.device)
         scores = window_scores(window, key, layer.starts, layer.scale, method.kernel_size, method.pooling)
         layer.keep(survivors(protect(scores, starts=layer.starts), budget))
 

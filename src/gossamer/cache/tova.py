@@ -43,7 +43,7 @@ class TovaPolicy(EvictingPolicy):
         budget = budget_of(method.budget, kv.length + kv.dropped)
         if kv.length <= budget:
             return
-        key = layer.rows(kv.length)[0].to(query.device)
+        key = layer.key_rows(0, kv.length).to(query.device)
         scores = last_query_scores(query[:, :, -1], key, layer.starts, layer.scale, method.per_head)
         if query.shape[2] == 1:
             layer.runtime.stats.score_bytes += key.numel() * key.element_size()

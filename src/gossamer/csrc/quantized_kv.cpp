@@ -17,6 +17,7 @@ thread_local Scratch scratch;
 
 constexpr int kListedQuantized = 64;
 constexpr int kHeads = kLanes == 16 ? 4 : 2;  // query heads of a pass: two digits each, and as many sums
+constexpr int64_t kAhead = 64;                // rows of a range that are fetched before they are needed
 constexpr int64_t kRun = 8;                   // rows of one group worth a tile
 constexpr int64_t kBuffer = 16384;            // bytes of interleaved rows that stay in L1
 
@@ -81,46 +82,74 @@ void to_tile(const uint8_t* const* rows, int64_t bytes, uint8_t* tile) {
     for (int r = 0; r < 16; ++r) std::memcpy(tile + at * 16 + r * 4, rows[r] + at, 4);
 }
 
-// A query, its steps folded in, as two int8 digits of each channel: x ~ scale * (256 * high + low).
+// A query, its steps folded in, as two int8 digits of each channel, x ~ scale * (256 * high + low), or as one.
 struct Digits {
-  int8_t *high, *low;
-  float scale, base;  // base: what the zeros add to every row of the group (per channel), or the sum of the query
+  int8_t *high, *low;  // low: null for a single digit
+  float scale, plus;
+  float base;  // what the zeros add to every row of the group (per channel), or the sum of the query
 };
 
+// The low bytes of kLanes integers.
+GOSSAMER_INLINE void store_bytes(int8_t* p, vi x) {
+#if defined(GOSSAMER_AVX512)
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)x));
+#else
+  for (int i = 0; i < kLanes; ++i) p[i] = int8_t(x[i]);
+#endif
+}
+
+// What is lost in rounding the query would be multiplied by codes that all have one sign: `plus` returns the loss times
+// the middle code, so that what is left is multiplied by codes around zero.
 template <class S>
-void to_digits(const float* q, const S* step, const S* zero, int64_t dim, float* folded, Digits& out) {
-  float top = 0.0f, base = 0.0f;
-  for (int64_t c = 0; c < dim; ++c) {
-    folded[c] = step ? q[c] * to_float(step[c]) : q[c];
-    const float size = __builtin_fabsf(folded[c]);
-    top = size > top ? size : top;
-  }
-  vf sum = {};
+void to_digits(const float* q, const S* step, const S* zero, int64_t dim, float middle, float* folded, Digits& out) {
+  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: the integer is in the low bits of the sum
+  vf top = {}, sum = {};
   int64_t c = 0;
-  for (; c + kLanes <= dim; c += kLanes) sum = zero ? fma(load(q + c), load(zero + c), sum) : sum + load(q + c);
-  base = hsum(sum);
-  for (; c < dim; ++c) base += zero ? q[c] * to_float(zero[c]) : q[c];
-  const float inverse = top > 0.0f ? 32512.0f / top : 0.0f;
-  for (c = 0; c < dim; ++c) {
-    const int32_t x = int32_t(__builtin_nearbyintf(folded[c] * inverse)), high = (x + 128) >> 8;
-    out.high[c] = int8_t(high), out.low[c] = int8_t(x - high * 256);
+  for (; c + kLanes <= dim; c += kLanes) {
+    const vf x = step ? load(q + c) * load(step + c) : load(q + c);
+    sum = zero ? fma(load(q + c), load(zero + c), sum) : sum + load(q + c);
+    top = vmax((vf)((vi)x & splat_i(0x7fffffff)), top);
+    store(folded + c, x);
   }
-  out.scale = top / 32512.0f, out.base = base;
+  float most = hmax(top), base = hsum(sum);
+  for (; c < dim; ++c) {
+    folded[c] = step ? q[c] * to_float(step[c]) : q[c];
+    base += zero ? q[c] * to_float(zero[c]) : q[c];
+    most = __builtin_fabsf(folded[c]) > most ? __builtin_fabsf(folded[c]) : most;
+  }
+  const float levels = out.low ? 32512.0f : 127.0f, inverse = most > 0.0f ? levels / most : 0.0f, by = most / levels;
+  vf lost = {};
+  float rest = 0.0f;
+  for (c = 0; c + kLanes <= dim; c += kLanes) {
+    const vi x = (vi)(load(folded + c) * inverse + kMagic);
+    if (out.low) store_bytes(out.low + c, x), store_bytes(out.high + c, (x + 128) >> 8);
+    else store_bytes(out.high + c, x);
+    lost += load(folded + c) - (load(folded + c) * inverse + kMagic - kMagic) * by;
+  }
+  for (; c < dim; ++c) {
+    const int32_t x = __builtin_bit_cast(int32_t, folded[c] * inverse + kMagic);
+    if (out.low) out.low[c] = int8_t(x), out.high[c] = int8_t((x + 128) >> 8);
+    else out.high[c] = int8_t(x);
+    rest += folded[c] - (folded[c] * inverse + kMagic - kMagic) * by;
+  }
+  out.scale = by, out.base = base, out.plus = (hsum(lost) + rest) * middle;
 }
 
 // logits[g][0 .. 16) of the rows of a tile, before the softmax scale. step and zero: of the rows, or null.
-template <int C, int G>
+template <int C, int G, int Digit>
 void dot_tile16(const uint8_t* tile, int64_t words, const Digits* q, const float* step, const float* zero, float* logits) {
-  const int32_t* quads[2 * G];
+  const int32_t* quads[Digit * G];
   for (int g = 0; g < G; ++g) {
-    quads[2 * g] = reinterpret_cast<const int32_t*>(q[g].high);
-    quads[2 * g + 1] = reinterpret_cast<const int32_t*>(q[g].low);
+    quads[Digit * g] = reinterpret_cast<const int32_t*>(q[g].high);
+    if constexpr (Digit == 2) quads[2 * g + 1] = reinterpret_cast<const int32_t*>(q[g].low);
   }
-  TileScores dot[2 * G];
-  dot_codes<C, 2 * G>(tile, words, quads, dot);
+  TileScores dot[Digit * G];
+  dot_codes<C, Digit * G>(tile, words, quads, dot);
   for (int g = 0; g < G; ++g)
     for (int i = 0; i < kVectors; ++i) {
-      const vf x = (dot[2 * g].v[i] * 256.0f + dot[2 * g + 1].v[i]) * q[g].scale;
+      vf x = dot[Digit * g].v[i];
+      if constexpr (Digit == 2) x = x * 256.0f + dot[2 * g + 1].v[i];
+      x = fma(x, splat(q[g].scale), splat(q[g].plus));
       store(logits + g * kBlock + i * kLanes,
             step ? fma(x, load(step + i * kLanes), load(zero + i * kLanes) * q[g].base) : x + q[g].base);
     }
@@ -302,7 +331,9 @@ class QuantizedAttention : public Pieces<T, QuantizedAttention<T, S>> {
         x(args),
         v_bytes(a.dim * args.value.bits / 8),
         lanes(v_bytes % 64 == 0 ? 4 : v_bytes % 32 == 0 ? 2 : v_bytes % 16 == 0 ? 1 : 0),
-        digits_at(ceil_div(a.dim, 64) * 64) {
+        digits_at(ceil_div(a.dim, 64) * 64),
+        two(sizeof(T) == 4 || args.key.bits == 8),
+        middle(float((1 << args.key.bits) - 1) / 2) {
 #if !defined(GOSSAMER_AVX512)
     lanes = 0;
 #endif
@@ -338,7 +369,7 @@ class QuantizedAttention : public Pieces<T, QuantizedAttention<T, S>> {
       w.digits = reinterpret_cast<int8_t*>(claim(group_heads * 2 * digits_at));
       w.queries = reinterpret_cast<Digits*>(claim(group_heads * int64_t(sizeof(Digits)) + 64));
       for (int64_t g = 0; g < group_heads; ++g)
-        w.queries[g] = {w.digits + 2 * g * digits_at, w.digits + (2 * g + 1) * digits_at, 0.0f, 0.0f};
+        w.queries[g] = {w.digits + 2 * g * digits_at, two ? w.digits + (2 * g + 1) * digits_at : nullptr, 0.0f, 0.0f, 0.0f};
       std::memset(w.digits, 0, size_t(group_heads * 2 * digits_at));
       w.old_ids = ids + t * 2 * kBlock, w.new_ids = w.old_ids + kBlock;
       w.keys = pointers + t * 4 * (kBlock + 16), w.values = w.keys + kBlock + 16;
@@ -382,7 +413,7 @@ class QuantizedAttention : public Pieces<T, QuantizedAttention<T, S>> {
     const T* raw = static_cast<const T*>(a.query) + b * a.q_batch + head * group_heads * a.q_head;
     for (int64_t g = 0; g < group_heads; ++g) {
       for (int64_t c = 0; c < a.dim; ++c) w.query[g * stride + c] = to_float(raw[g * a.q_head + c]);
-      if (!x.key.group) to_digits<S>(w.query + g * stride, nullptr, nullptr, a.dim, w.folded, w.queries[g]);
+      if (!x.key.group) to_digits<S>(w.query + g * stride, nullptr, nullptr, a.dim, middle, w.folded, w.queries[g]);
       w.shift[g] = 0.0f;
     }
     w.key_group = w.value_group = -1;
@@ -465,16 +496,12 @@ class QuantizedAttention : public Pieces<T, QuantizedAttention<T, S>> {
     return i;
   }
 
-  static void gather(const S* from, const int32_t* ids, int64_t count, float* to) {
-    if (ids[count - 1] - ids[0] == count - 1 && (count < 3 || ids[1] == ids[0] + 1)) {
-      bool dense = true;
-      for (int64_t i = 1; i < count; ++i) dense &= ids[i] == ids[0] + i;
-      if (dense) {
-        for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[ids[0] + i]);
-        return;
-      }
-    }
-    for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[ids[i]]);
+  // Scales of the block's rows as floats; a dense range has them side by side.
+  void gather(const S* from, const int32_t* ids, int64_t count, float* to) const {
+    if (a.indices)
+      for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[ids[i]]);
+    else
+      for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[ids[0] + i]);
   }
 
   void attend_old(Work& w, const Side<S>& key, const Side<S>& value, int64_t count, Partial* part, float* out) {
@@ -486,7 +513,6 @@ class QuantizedAttention : public Pieces<T, QuantizedAttention<T, S>> {
     for (int64_t i = count; i < count + 16; ++i) w.keys[i] = w.keys[count - 1], w.values[i] = w.values[count - 1];
     if (a.indices)
       for (int64_t i = 0; i < count; ++i) prefetch_row(w.keys[i], k_bytes);
-    for (int64_t i = 0; i < count; ++i) prefetch_row(w.values[i], v_bytes);
     score(w, key, count, k_bytes);
     weigh(w, count, part, out);
     add(w, value, count);
@@ -495,12 +521,13 @@ class QuantizedAttention : public Pieces<T, QuantizedAttention<T, S>> {
   void score(Work& w, const Side<S>& key, int64_t count, int64_t k_bytes) {
     if (!x.key.group) {
       gather(key.step, w.old_ids, count, w.step), gather(key.zero, w.old_ids, count, w.zero);
-      for (int64_t i = 0; i < count; i += 16) tile(w, i, 16, k_bytes, w.step + i, w.zero + i);
+      for (int64_t i = 0; i < count; i += 16) tile(w, i, imin(16, count - i), k_bytes, w.step + i, w.zero + i);
       return;
     }
     for (int64_t i = 0, end; i < count; i = end) {
       end = run_end(x.key, w.old_ids, i, count);
       if (end - i < kRun) {
+        for (int64_t r = i; r < end; ++r) prefetch_row(w.values[r], v_bytes);
         for_heads<4>(x.key.bits, [&](auto c, auto n, int64_t g) {
           dot_rows<c.value, n.value>(key, w.keys + i, w.old_ids + i, end - i, w.query + g * stride, stride, a.dim,
                                      w.logits + g * kBlock + i);
@@ -510,7 +537,7 @@ class QuantizedAttention : public Pieces<T, QuantizedAttention<T, S>> {
       const int64_t line = key.line(w.old_ids[i]);
       if (line != w.key_group) {
         for (int64_t g = 0; g < group_heads; ++g)
-          to_digits<S>(w.query + g * stride, key.step + line, key.zero + line, a.dim, w.folded, w.queries[g]);
+          to_digits<S>(w.query + g * stride, key.step + line, key.zero + line, a.dim, middle, w.folded, w.queries[g]);
         w.key_group = line;
       }
       for (int64_t r = i; r < end; r += 16) tile(w, r, imin(16, end - r), k_bytes, nullptr, nullptr);
@@ -518,13 +545,18 @@ class QuantizedAttention : public Pieces<T, QuantizedAttention<T, S>> {
   }
 
   void tile(Work& w, int64_t at, int64_t rows, int64_t k_bytes, const float* step, const float* zero) {
+    for (int64_t i = at; i < at + rows; ++i) {
+      prefetch_row(w.values[i], v_bytes);
+      if (!a.indices) prefetch_row(w.keys[i] + kAhead * x.key.c_row, k_bytes);
+    }
     to_tile(w.keys + at, k_bytes, w.tile);  // a short run takes rows of the next along: their scores are overwritten
     for_heads<kHeads>(x.key.bits, [&](auto c, auto n, int64_t g) {
+      const auto dot = two ? dot_tile16<c.value, n.value, 2> : dot_tile16<c.value, n.value, 1>;
       if (at + 16 <= kBlock) {
-        dot_tile16<c.value, n.value>(w.tile, k_bytes / 4, w.queries + g, step, zero, w.logits + g * kBlock + at);
+        dot(w.tile, k_bytes / 4, w.queries + g, step, zero, w.logits + g * kBlock + at);
       } else {
         alignas(64) float some[n.value][kBlock];
-        dot_tile16<c.value, n.value>(w.tile, k_bytes / 4, w.queries + g, step, zero, some[0]);
+        dot(w.tile, k_bytes / 4, w.queries + g, step, zero, some[0]);
         for (int h = 0; h < n.value; ++h) std::memcpy(w.logits + (g + h) * kBlock + at, some[h], size_t(rows) * sizeof(float));
       }
     });
@@ -669,6 +701,8 @@ class QuantizedAttention : public Pieces<T, QuantizedAttention<T, S>> {
   const int64_t v_bytes;
   int lanes;  // of 16 bytes that are interleaved at a time; 0: values go the way of floats
   const int64_t digits_at;
+  const bool two;  // digits of the query; one for bfloat16 and few bits, whose own error is ten times larger
+  const float middle;
   int32_t* places;
   Work* work;
   float* floats;

@@ -26,8 +26,9 @@ from transformers.masking_utils import flash_attention_mask, sdpa_mask
 
 from gossamer import ops
 from gossamer.errors import InputError, ModelError
-from gossamer.hf.cache import KVLayer, adopt
-from gossamer.hf.policy import CachePolicy, DecodePolicy, PrefillPolicy
+from gossamer.hf.cache import PARTS, Derived, KVLayer, adopt
+from gossamer.hf.policy import CachePolicy, DecodePolicy, PrefillPolicy, StoragePolicy
+from gossamer.hf.quantized import QuantizedKVLayer
 from gossamer.hf.views import attention_views, base_model, model_shape
 
 NAME = "gossamer"
@@ -38,7 +39,10 @@ _RUNTIMES: weakref.WeakKeyDictionary[nn.Module, weakref.ref[AttentionRuntime]] =
 
 @dataclass
 class DecodeStats:
-    """What decode steps read, summed since `reset`; all sizes in bytes, counted from the selections themselves."""
+    """What decode steps read, summed since `reset`; all sizes in bytes, counted from the selections themselves.
+
+    The dense figures are those of the model without any method: all tokens seen, in full precision.
+    """
 
     steps: int = 0
     kv_bytes: int = 0
@@ -66,14 +70,11 @@ class LayerView:
     state: Any = None
     prefill_state: Any = None
     cache_state: Any = None
-    prepared: ops.PreparedAttention | None = None
+    prepared: ops.Prepared | None = None
 
-    def attention(self) -> ops.PreparedAttention:
+    def attention(self) -> ops.Prepared:
         """Attention over this layer's rows as they are stored now, prepared for many steps."""
-        key, value = self.kv.key_storage, self.kv.value_storage
-        if self.prepared is None or not self.prepared.fits(key, value):
-            assert key is not None and value is not None
-            self.prepared = ops.PreparedAttention(key, value)
+        self.prepared = self.kv.prepare(self.prepared)
         return self.prepared
 
     def keep(self, ids: Tensor) -> None:
@@ -87,15 +88,27 @@ class LayerView:
         self.kv.keep(ids)
 
     def rows(self, length: int) -> tuple[Tensor, Tensor]:
-        """The first `length` key and value rows ``[batch, kv_heads, length, head_dim]`` (views)."""
-        assert self.kv.key_storage is not None and self.kv.value_storage is not None
-        return self.kv.key_storage.narrow(2, 0, length), self.kv.value_storage.narrow(2, 0, length)
+        """The first `length` key and value rows ``[batch, kv_heads, length, head_dim]``.
+
+        Views of a full-precision cache, dequantised copies of a quantised one: what follows the rows should ask for new
+        ones only, with `key_rows`.
+        """
+        return self.kv.key_rows(0, length), self.kv.value_rows(0, length)
+
+    def key_rows(self, first: int, last: int) -> Tensor:
+        """Key rows `first` to `last - 1` (a view, or a dequantised copy of just these)."""
+        return self.kv.key_rows(first, last)
 
     def dense_decode(self, query: Tensor, length: int) -> Tensor:
         """Attend to every visible row, and count what that reads."""
         attention = self.attention()
         visible = min(length, self.window) if self.window else length
         self.count(visible * attention.batch * attention.kv_heads, length)
+        if visible < length and isinstance(self.kv, QuantizedKVLayer):  # no copy of what the window doesn't see
+            starts = torch.full((attention.batch,), length - visible, dtype=torch.int32, device=query.device)
+            if self.starts is not None:
+                starts = torch.maximum(starts, self.starts)
+            return attention.dense(query, length, scale=self.scale, starts=starts)
         if visible < length:
             key, value = attention.rows(length, query.device)
             return dense_decode(query, key, value, self.scale, self.starts, self.window)
@@ -108,12 +121,13 @@ class LayerView:
     def count(self, rows: int, length: int, score_bytes: int = 0) -> None:
         """Account for one decode step of this layer that read `rows` key–value rows."""
         attention, stats = self.attention(), self.runtime.stats
-        row_bytes, dense_rows = attention.row_bytes, length * attention.batch * attention.kv_heads
+        seen = length + self.kv.dropped  # a dense model would read what was dropped, and in full precision
+        row_bytes, dense_rows = attention.row_bytes, seen * attention.batch * attention.kv_heads
         stats.steps += 1
         stats.rows += rows
         stats.dense_rows += dense_rows
         stats.kv_bytes += rows * row_bytes
-        stats.dense_bytes += dense_rows * row_bytes
+        stats.dense_bytes += dense_rows * attention.full_row_bytes
         stats.score_bytes += score_bytes
 
     def record(self, indices: Tensor, counts: Tensor, length: int) -> None:
@@ -222,6 +236,7 @@ class AttentionRuntime:
         decode: policy for single queries (None: dense, our kernel).
         prefill: policy for blocks of queries (None: dense, torch's kernel).
         cache: policy for what the cache keeps (None: everything).
+        storage: policy for how rows are stored (None: in the model's dtype).
 
     Attributes:
         stats: what decode steps have read.
@@ -234,6 +249,7 @@ class AttentionRuntime:
     decode: DecodePolicy | None = None
     prefill: PrefillPolicy | None = None
     cache: CachePolicy | None = None
+    storage: StoragePolicy | None = None
     stats: DecodeStats = field(default_factory=DecodeStats)
     trace: list[tuple[int, int, Tensor, Tensor]] | None = None
     teacher_forced: bool = False
@@ -251,6 +267,7 @@ class AttentionRuntime:
                 "this model has attention methods attached already: detach them, or stack them in one recipe"
             )
         self.said: dict[str, str] = {}  # remarks made so far
+        self._self = weakref.ref(self)
         self._cache: Any = None
         self._mask: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
         self._config = model.config.get_text_config(decoder=True)
@@ -259,6 +276,7 @@ class AttentionRuntime:
         for view in self.views:
             _RUNTIMES[view.module] = weakref.ref(self)
         self._places = self.decode.places if self.decode is not None else None
+        self._layers = None if self.storage is None else self.storage.layers(self.shape)
         self._hook: Any = base_model(self.model).register_forward_pre_hook(self._before_forward, with_kwargs=True)
         if self.decode is not None:
             self.decode.attached(self)
@@ -313,16 +331,22 @@ class AttentionRuntime:
         self._mask = (None, None, None)
         self._cache = None
         if cache is not None:
-            self._cache = weakref.ref(adopt(cache, self._places))  # it is the caller's to keep
+            self._cache = weakref.ref(self._adopt(cache))  # it is the caller's to keep
             return args, kwargs
         use_cache = kwargs.get("use_cache")
         if use_cache is None:
             use_cache = getattr(self._config, "use_cache", False)
         if not use_cache or module.training:
             return args, kwargs
-        cache = adopt(DynamicCache(config=self._config), self._places)
+        cache = self._adopt(DynamicCache(config=self._config))
         self._cache = weakref.ref(cache)
         return args, {**kwargs, "past_key_values": cache}
+
+    def _adopt(self, cache: Any) -> Any:
+        cache = adopt(cache, self._places, self._layers)
+        for layer in cache.layers:
+            layer.reader = self._self
+        return cache
 
     def view_of(self, index: int) -> LayerView | None:
         """This call's view of a layer, once the layer has been reached with this cache."""
@@ -345,6 +369,10 @@ class AttentionRuntime:
                 view.prefill_state = view.state if self.prefill is both else self.prefill.open(view)
             if self.cache is not None:
                 view.cache_state = self.cache.open(view)
+            for part in PARTS:  # what a changed batch or a saved cache left for this view
+                state, carried = getattr(view, part), kv.claim(self, part)
+                if carried is not None and isinstance(state, Derived):
+                    state.restore(*carried)
         view.starts = starts if not kv.dropped else kv.starts if starts is not None else None
         return view
 
@@ -381,6 +409,8 @@ class AttentionRuntime:
         starts, holes = (None, None) if mask is None else self._padding(mask)
         new, length = query.shape[2], key.shape[2]
         differentiable = query.requires_grad and torch.is_grad_enabled()
+        if new > 1 or holes is not None or softcap is not None or differentiable:
+            key, value = self._whole(module, key, value)
         if holes is not None or softcap is not None or differentiable:
             return self._exact(query, key, value, scale, starts, window, softcap, holes, dropout)
         layer = self._layer(module, scale, window, starts)
@@ -399,6 +429,12 @@ class AttentionRuntime:
         if self.cache is not None:
             self.cache.update(layer, query)
         return out
+
+    def _whole(self, module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows themselves, where the cache handed out placeholders for them."""
+        cache = self._cache() if self._cache is not None else None
+        kv = cache.layers[module.layer_idx] if cache is not None else None
+        return kv.whole() if isinstance(kv, QuantizedKVLayer) else (key, value)
 
     def _step(self, layer: LayerView, query: Tensor, length: int) -> Tensor:
         if self.decode is None:

@@ -8,13 +8,14 @@ writes one row, and capacity doubles when it runs out (an amortised O(1) copy pe
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from gossamer import ops
 from gossamer.errors import InputError
 from gossamer.hf.offload import Allocator
 from gossamer.ops.memory import advise_huge_pages
@@ -37,10 +38,24 @@ class Derived:
     """Something computed from a layer's first `rows` rows (labels, page bounds) that must follow its edits.
 
     A policy that keeps such state subclasses this and, before use, extends it from `rows` to the current length.
-    The layer lowers `rows` when it is cropped, and drops the state when its batch changes.
+    The layer lowers `rows` when it is cropped. When its batch changes (beam search) or the cache is saved, what the rows
+    can't give again is taken along by `tensors` and handed to a fresh state by `restore`; the rest is computed anew.
     """
 
     rows: int = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What can't be computed from the rows, by name; the batch is the first dimension (default: nothing)."""
+        return {}
+
+    def restore(self, tensors: dict[str, Tensor], rows: int) -> None:
+        """Take back what `tensors` gave (picked for a new batch, or read from a file), which covers `rows` rows."""
+
+
+#: What a state gave up: its tensors, and how many rows they cover.
+Carried = tuple[dict[str, Tensor], int]
+PARTS = ("state", "prefill_state", "cache_state")
+"""Where a view keeps the state of each policy."""
 
 
 class KVLayer(CacheLayerMixin):
@@ -77,6 +92,11 @@ class KVLayer(CacheLayerMixin):
         self.value_storage: Tensor | None = None
         # What each attached runtime keeps for this layer; another one, attached later, starts afresh.
         self.views: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+        # What waits for the next view of a runtime, by part, and for the first of any: states of another batch or a file.
+        self.carried: weakref.WeakKeyDictionary[Any, dict[str, Carried]] = weakref.WeakKeyDictionary()
+        self.saved: dict[str, Carried] = {}
+        # The runtime that reads this layer now, if any: it may do with less than `update` returns.
+        self.reader: Any = None
 
     # The names that transformers reads.
     @property
@@ -98,6 +118,41 @@ class KVLayer(CacheLayerMixin):
     def capacity(self) -> int:
         """Rows that fit before the next growth."""
         return 0 if self.key_storage is None else self.key_storage.shape[2]
+
+    @property
+    def batch(self) -> int:
+        """Sequences held; there must be storage."""
+        assert self.key_storage is not None
+        return self.key_storage.shape[0]
+
+    @property
+    def heads(self) -> int:
+        """KV heads; there must be storage."""
+        assert self.key_storage is not None
+        return self.key_storage.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the rows as they are attended; there must be storage."""
+        assert self.key_storage is not None
+        return self.key_storage.dtype
+
+    def key_rows(self, first: int, last: int) -> Tensor:
+        """Key rows ``[batch, kv_heads, last - first, head_dim]`` (a view)."""
+        assert self.key_storage is not None
+        return self.key_storage.narrow(2, first, last - first)
+
+    def value_rows(self, first: int, last: int) -> Tensor:
+        """Value rows ``[batch, kv_heads, last - first, head_dim]`` (a view)."""
+        assert self.value_storage is not None
+        return self.value_storage.narrow(2, first, last - first)
+
+    def prepare(self, previous: ops.Prepared | None) -> ops.Prepared:
+        """Attention over the rows as they are stored now; the previous one, where that still holds."""
+        assert self.key_storage is not None and self.value_storage is not None
+        if previous is None or not previous.fits(self.key_storage, self.value_storage):
+            return ops.PreparedAttention(self.key_storage, self.value_storage)
+        return previous
 
     @property
     def nbytes(self) -> int:
@@ -182,7 +237,7 @@ class KVLayer(CacheLayerMixin):
         """Drop all rows and storage."""
         self.key_storage = self.value_storage = self.row_positions = self.starts = None
         self.length = self.dropped = 0
-        self.views.clear()
+        self._forget()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` rows."""
@@ -196,8 +251,7 @@ class KVLayer(CacheLayerMixin):
     @property
     def positions(self) -> Tensor:
         """Token position of every used row, int32 ``[batch, kv_heads, length]``."""
-        assert self.key_storage is not None
-        batch, heads = self.key_storage.shape[:2]
+        batch, heads = self.batch, self.heads
         if self.row_positions is None:
             return torch.arange(self.length, dtype=torch.int32).expand(batch, heads, -1)
         fresh = torch.arange(self._kept, self.length, dtype=torch.int32) + self.dropped
@@ -213,24 +267,54 @@ class KVLayer(CacheLayerMixin):
             InputError: the ids do not ascend within ``[0, length)``.
         """
         assert self.key_storage is not None and self.value_storage is not None
-        ids = ids.long()
-        rows = ids.shape[2]
-        ascending = rows < 2 or bool((ids.diff(dim=2) > 0).all())
-        if ids.shape[:2] != self.key_storage.shape[:2] or not ascending or (rows and not _within(ids, self.length)):
-            raise InputError(f"rows to keep must ascend within 0 .. {self.length} for each of {ids.shape[1]} heads")
-        self.row_positions = self.positions.gather(2, ids.cpu()).to(torch.int32)
+        ids, rows = self._kept_ids(ids), ids.shape[2]
         for storage in (self.key_storage, self.value_storage):
             index = ids[..., None].expand(-1, -1, -1, storage.shape[3])
             storage.narrow(2, 0, rows).copy_(storage.gather(2, index))
+        self._note_kept(rows)
+
+    def _kept_ids(self, ids: Tensor) -> Tensor:
+        """The ids that `keep` was given, checked, as int64; positions follow them."""
+        ids, rows = ids.long(), ids.shape[2]
+        ascending = rows < 2 or bool((ids.diff(dim=2) > 0).all())
+        if ids.shape[:2] != (self.batch, self.heads) or not ascending or (rows and not _within(ids, self.length)):
+            raise InputError(f"rows to keep must ascend within 0 .. {self.length} for each of {ids.shape[1]} heads")
+        self.row_positions = self.positions.gather(2, ids.cpu()).to(torch.int32)
+        return ids
+
+    def _note_kept(self, rows: int) -> None:
         self.dropped += self.length - rows
         self.length = self._kept = rows
         self._touch(0)
 
     def _touch(self, unchanged_rows: int) -> None:
         for view in self.views.values():
-            for state in (view.state, view.prefill_state, view.cache_state):
+            for state in (getattr(view, part) for part in PARTS):
                 if isinstance(state, Derived):
                     state.rows = min(state.rows, unchanged_rows)
+
+    def _forget(self) -> None:
+        self.views.clear()
+        self.carried.clear()
+        self.saved.clear()
+
+    def states(self) -> dict[Any, dict[str, Carried]]:
+        """What the states of each runtime can't compute again, by part (and what waits for a view of it)."""
+        result: dict[Any, dict[str, Carried]] = {runtime: dict(parts) for runtime, parts in self.carried.items()}
+        for runtime, view in self.views.items():
+            for part in PARTS:
+                state = getattr(view, part)
+                tensors = state.tensors() if isinstance(state, Derived) else {}
+                if tensors:
+                    result.setdefault(runtime, {})[part] = tensors, state.rows
+        return result
+
+    def claim(self, runtime: Any, part: str) -> Carried | None:
+        """What waits for this part of a new view of a runtime; it is handed out once."""
+        waiting = self.carried.get(runtime)
+        if waiting and part in waiting:
+            return waiting.pop(part)
+        return self.saved.pop(part, None)
 
     def _replace_batch(self, pick: Any) -> None:
         if self.key_storage is None or self.value_storage is None:
@@ -238,9 +322,20 @@ class KVLayer(CacheLayerMixin):
         gradients = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.set_grad_enabled(gradients):  # written in and out of inference mode
             self.key_storage, self.value_storage = pick(self.key_storage), pick(self.value_storage)
+        self._pick_states(pick)
+
+    def _pick_states(self, pick: Any) -> None:
+        """Let what belongs to the sequences follow them; states are opened anew and take back what was carried."""
         self.row_positions = None if self.row_positions is None else pick(self.row_positions)
         self.starts = None if self.starts is None else pick(self.starts)
-        self.views.clear()  # shapes of derived state follow the batch: rebuild it
+
+        def picked(parts: dict[str, Carried]) -> dict[str, Carried]:
+            return {part: ({k: pick(t) for k, t in tensors.items()}, rows) for part, (tensors, rows) in parts.items()}
+
+        carried, saved = {runtime: picked(parts) for runtime, parts in self.states().items()}, picked(self.saved)
+        self._forget()  # shapes of derived state follow the batch: rebuild it
+        self.carried.update(carried)
+        self.saved = saved
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Pick sequences for beam search."""
@@ -252,7 +347,7 @@ class KVLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these sequences only."""
-        self._replace_batch(lambda s: s[indices, ...])
+        self._replace_batch(lambda s: s[indices.to(s.device) if isinstance(indices, Tensor) else indices, ...])
 
 
 class GossamerCache(Cache):
@@ -284,13 +379,16 @@ def _within(ids: Tensor, length: int) -> bool:
     return bool((ids[..., 0] >= 0).all()) and bool((ids[..., -1] < length).all())
 
 
-def adopt(cache: Any, places: Sequence[Allocator] | None = None) -> Any:
+def adopt(
+    cache: Any, places: Sequence[Allocator] | None = None, layers: Sequence[Callable[[KVLayer | None], KVLayer]] | None = None
+) -> Any:
     """Give a transformers cache our storage, in place, keeping what it holds.
 
     Works on `DynamicCache` and caches like it, so a user's own object goes on being the one that fills.
 
     Args:
         places: where each layer's rows go (None: in memory); rows that lie elsewhere are moved.
+        layers: makes each layer, from the one that is there (None: `KVLayer`); it may return that one.
 
     Raises:
         InputError: for caches that own their storage in another way (static, quantized, offloaded).
@@ -305,6 +403,15 @@ def adopt(cache: Any, places: Sequence[Allocator] | None = None) -> Any:
         for i, layer in enumerate(cache.layers):
             if not isinstance(layer, KVLayer):
                 cache.layers[i] = _converted(layer)
+    if layers is not None:
+        for i, make in enumerate(layers):
+            old = cache.layers[i] if i < len(cache.layers) else None
+            made = make(old)
+            if old is None:
+                made.reserve = getattr(cache, "reserve", 0)
+                cache.layers.append(made)
+            else:
+                cache.layers[i] = made
     if places is not None:
         while len(cache.layers) < len(places):
             cache.layers.append(KVLayer(getattr(cache, "reserve", 0)))

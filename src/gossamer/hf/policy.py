@@ -6,6 +6,7 @@ A policy is made by a method's `attach`, belongs to one model, and keeps per-cac
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -14,6 +15,8 @@ from gossamer.hf.offload import Allocator
 
 if TYPE_CHECKING:
     from gossamer.hf.attention import AttentionRuntime, LayerView
+    from gossamer.hf.cache import KVLayer
+    from gossamer.hf.views import ModelShape
 
 
 class Policy:
@@ -64,7 +67,14 @@ class CachePolicy(Policy, ABC):
     """Chooses what the cache of a layer keeps: rows are dropped, merged or re-encoded after they were attended.
 
     Its state is at ``layer.cache_state``.
+
+    Attributes:
+        drops: whether it drops rows, one head differently from another.
+        rewrites: whether it changes rows where they lie (merging), for which they must be there in full precision.
     """
+
+    drops: bool = True
+    rewrites: bool = False
 
     @abstractmethod
     def update(self, layer: LayerView, query: Tensor) -> None:
@@ -72,6 +82,21 @@ class CachePolicy(Policy, ABC):
 
         May drop rows with `layer.keep`. New tokens keep counting their positions from all tokens seen, and kept rows keep
         the rotation that they were stored with.
+        """
+
+
+class StoragePolicy(Policy, ABC):
+    """Chooses how the rows of each layer are stored."""
+
+    #: Whether rows share scales with their neighbours, so that they can't be dropped one by one.
+    grouped: bool = False
+
+    @abstractmethod
+    def layers(self, shape: ModelShape) -> list[Callable[[KVLayer | None], KVLayer]]:
+        """For each layer, what makes its storage from the layer that is there (None: a new one).
+
+        Raises:
+            InputError: the model's rows can't be stored so.
         """
 
 

@@ -7,14 +7,16 @@ from gossamer.ops.label_attention import label_attention
 from gossamer.ops.labels import LabelCache, append_labels, label_scores
 from gossamer.ops.linear import linear
 from gossamer.ops.memory import advise_huge_pages
-from gossamer.ops.prepared import PreparedAttention, PreparedLabelAttention
+from gossamer.ops.prepared import Prepared, PreparedAttention, PreparedLabelAttention, PreparedQuantizedAttention
 from gossamer.ops.quantized_kv import QuantizedRows, dequantize_rows, quantize_rows, quantized_decode_attention
 from gossamer.ops.select_topk import select_topk
 
 __all__ = [
     "LabelCache",
+    "Prepared",
     "PreparedAttention",
     "PreparedLabelAttention",
+    "PreparedQuantizedAttention",
     "QuantizedRows",
     "advise_huge_pages",
     "append_labels",

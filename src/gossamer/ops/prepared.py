@@ -8,6 +8,7 @@ native call. Wherever the native kernels would not run, the call goes to the ope
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from functools import partial
 from typing import Any
 
@@ -19,9 +20,73 @@ from gossamer.ops._dispatch import DTYPE_CODES, native
 from gossamer.ops.decode_attention import decode_attention
 from gossamer.ops.label_attention import Selection, label_attention
 from gossamer.ops.labels import REDUCE_CODES, LabelCache, Reduce, _native_cache, append_labels, native_takes
+from gossamer.ops.quantized_kv import (
+    NativeRows,
+    QuantizedRows,
+    dequantize_rows,
+    quantized_decode_attention,
+    row_bytes,
+)
 
 
-class PreparedAttention:
+class Prepared(ABC):
+    """What attention over one layer's cache offers, however the rows are stored."""
+
+    batch: int
+    kv_heads: int
+    capacity: int
+    dim: int
+    dtype: torch.dtype
+    row_bytes: int
+    """Bytes of one key row and one value row as they are stored."""
+    full_row_bytes: int
+    """Bytes of one key row and one value row in the model's dtype."""
+
+    @abstractmethod
+    def rows(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The first rows [B, Hkv, length, d]: views, or copies where the storage is on another device or quantised."""
+
+    @abstractmethod
+    def dense(self, query: Tensor, length: int, *, scale: float, starts: Tensor | None = None) -> Tensor:
+        """Attend rows [starts, length) as :func:`~gossamer.ops.decode_attention.decode_attention` does."""
+
+    @abstractmethod
+    def listed(
+        self,
+        query: Tensor,
+        length: int,
+        indices: Tensor,
+        counts: Tensor,
+        *,
+        scale: float,
+        starts: Tensor | None = None,
+    ) -> tuple[Tensor, int]:
+        """Attend listed rows only; returns the output and how many rows were read: the sum of the counts."""
+
+
+def _starts_fit(starts: Tensor | None, batch: int) -> bool:
+    return starts is None or (starts.dtype is torch.int32 and len(starts) == batch and starts.is_contiguous())
+
+
+def _chosen_fit(indices: Tensor, counts: Tensor, batch: int, heads: int, kv_heads: int) -> bool:
+    """Whether a selection can go to the native kernels as it is."""
+    shape = indices.shape
+    return (
+        indices.dtype is torch.int32
+        and counts.dtype is torch.int32
+        and indices.is_cpu
+        and counts.is_cpu
+        and indices.is_contiguous()
+        and counts.is_contiguous()
+        and len(shape) == 3
+        and shape[0] == batch
+        and shape[1] in (heads, kv_heads)
+        and shape[2] > 0
+        and counts.shape == shape[:2]
+    )
+
+
+class PreparedAttention(Prepared):
     """Attention over the first rows of the storage of one layer.
 
     Parameters
@@ -39,8 +104,7 @@ class PreparedAttention:
         self.key, self.value = key, value
         self.dtype = key.dtype
         self.batch, self.kv_heads, self.capacity, self.dim = key.shape
-        self.row_bytes = 2 * self.dim * key.element_size()
-        """Bytes of one key row and one value row."""
+        self.row_bytes = self.full_row_bytes = 2 * self.dim * key.element_size()
         self._shape: torch.Size | None = None  # of the queries that were seen to fit
         self._native: Any = None
         module = native()
@@ -74,9 +138,7 @@ class PreparedAttention:
             if len(shape) != 3 or shape[0] != self.batch or shape[2] != self.dim or shape[1] % self.kv_heads:
                 return False
             self._shape = shape
-        if starts is not None and (
-            starts.dtype is not torch.int32 or len(starts) != self.batch or not starts.is_contiguous()
-        ):
+        if not _starts_fit(starts, self.batch):
             return False
         return 0 <= length <= self.capacity and not _dispatch.is_forced() and not torch.compiler.is_compiling()
 
@@ -103,16 +165,8 @@ class PreparedAttention:
         The output, and how many rows were read: the sum of the counts.
         """
         shape = indices.shape
-        if (
-            not self._takes(query, length, starts)
-            or indices.dtype is not torch.int32
-            or counts.dtype is not torch.int32
-            or not (indices.is_cpu and counts.is_cpu and indices.is_contiguous() and counts.is_contiguous())
-            or len(shape) != 3
-            or shape[0] != self.batch
-            or shape[1] not in (query.shape[1], self.kv_heads)
-            or not shape[2]
-            or counts.shape != shape[:2]
+        if not self._takes(query, length, starts) or not _chosen_fit(
+            indices, counts, self.batch, query.shape[1], self.kv_heads
         ):
             key, value = self.rows(length, query.device)
             out = decode_attention(query, key, value, indices=indices, counts=counts, starts=starts, scale=scale)
@@ -277,3 +331,103 @@ class PreparedLabelAttention(PreparedAttention):
             indices = self._buffer[:size].view(self.batch, -1, self._k)
             self._chosen = indices, self._buffer[size : size + self._lines].view(self.batch, -1)
         return self._chosen
+
+
+class PreparedQuantizedAttention(Prepared):
+    """Attention over quantised rows of one layer and the newest rows in full.
+
+    Parameters
+    ----------
+    key, value
+        Quantised rows; neither may be resized or moved while this object is in use.
+    recent
+        Key and value storage [B, Hkv, R, d] of rows ``split`` on.
+    split
+        Where the quantised rows end; set :attr:`split` when more are.
+    """
+
+    def __init__(self, key: QuantizedRows, value: QuantizedRows, recent: tuple[Tensor, Tensor], split: int) -> None:
+        self.key, self.value, self.recent, self.split = key, value, recent, split
+        self.batch, self.kv_heads, self.capacity, self.dim = *key.codes.shape[:3], key.dim
+        self.dtype = recent[0].dtype
+        # Scales per channel are shared by a group: their part of one row, rounded up.
+        self.row_bytes = sum(-(-row_bytes(x, x.group) // x.group) for x in (key, value))
+        self.full_row_bytes = 2 * self.dim * recent[0].element_size()
+        self._native: NativeRows | None = None
+        if native() is not None and recent[0].is_cpu and key.codes.is_cpu and self.dtype in DTYPE_CODES:
+            self._native = NativeRows(key, value, recent, self.dtype)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.key, self.value, self.recent, self.split)
+
+    def fits(self, key: QuantizedRows, value: QuantizedRows, recent: tuple[Tensor, Tensor]) -> bool:
+        """Whether this was made for these."""
+        return (
+            key is self.key and value is self.value and recent[0] is self.recent[0] and recent[1] is self.recent[1]
+        )
+
+    def rows(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The first rows, dequantised: copies."""
+        return tuple(  # type: ignore[return-value]
+            stored_rows(rows, near, self.split, 0, length).to(device)
+            for rows, near in zip((self.key, self.value), self.recent, strict=True)
+        )
+
+    def dense(self, query: Tensor, length: int, *, scale: float, starts: Tensor | None = None) -> Tensor:
+        """Attend rows [starts, length)."""
+        if self._native is not None and self._takes(query, starts):
+            return self._native.attend(query, length, min(self.split, length), scale, starts)[0]
+        return self._general(query, length, scale, starts)
+
+    def listed(
+        self,
+        query: Tensor,
+        length: int,
+        indices: Tensor,
+        counts: Tensor,
+        *,
+        scale: float,
+        starts: Tensor | None = None,
+    ) -> tuple[Tensor, int]:
+        """Attend listed rows only, and say how many."""
+        if (
+            self._native is not None
+            and self._takes(query, starts)
+            and _chosen_fit(indices, counts, self.batch, query.shape[1], self.kv_heads)
+        ):
+            return self._native.attend(
+                query, length, min(self.split, length), scale, starts, indices=indices, counts=counts
+            )
+        return self._general(query, length, scale, starts, indices=indices, counts=counts), int(counts.sum())
+
+    def _takes(self, query: Tensor, starts: Tensor | None) -> bool:
+        shape = query.shape
+        return (
+            query.dtype is self.dtype
+            and query.is_cpu
+            and not query.requires_grad
+            and len(shape) == 3
+            and (shape[0], shape[2]) == (self.batch, self.dim)
+            and shape[1] % self.kv_heads == 0
+            and _starts_fit(starts, self.batch)
+            and not _dispatch.is_forced()
+            and not torch.compiler.is_compiling()
+        )
+
+    def _general(self, query: Tensor, length: int, scale: float, starts: Tensor | None, **how: Any) -> Tensor:
+        split = min(self.split, length)
+        near = tuple(x.narrow(2, 0, length - split) for x in self.recent)
+        out: Tensor = quantized_decode_attention(
+            query, self.key, self.value, recent=near, split=split, starts=starts, scale=scale, **how
+        )
+        return out
+
+
+def stored_rows(old: QuantizedRows | None, recent: Tensor, split: int, first: int, last: int) -> Tensor:
+    """Rows first .. last - 1 of a layer whose rows before ``split`` are quantised, in the dtype of ``recent``."""
+    if first >= split or old is None:
+        return recent.narrow(2, first - split, last - first)
+    parts = [dequantize_rows(old, first, min(last, split), recent.dtype)]
+    if last > split:
+        parts.append(recent.narrow(2, 0, last - split))
+    return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
