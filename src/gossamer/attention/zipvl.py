@@ -32,10 +32,17 @@ from torch import Tensor, nn
 from gossamer.attention.base import AttentionMethod
 from gossamer.calibration import Calibration
 from gossamer.errors import InputError
-from gossamer.hf import CachePolicy, LayerView, ModelShape, PrefillPolicy, dense_attention, model_shape
-from gossamer.hf.cache import KVLayer
+from gossamer.hf import (
+    CachePolicy,
+    KVLayer,
+    LayerView,
+    ModelShape,
+    PrefillPolicy,
+    StoragePolicy,
+    dense_attention,
+    model_shape,
+)
 from gossamer.hf.mixed_precision import MixedPrecisionKV
-from gossamer.hf.policy import StoragePolicy
 from gossamer.ops.attention_statistics import attention_columns, attention_row
 from gossamer.ops.quantized_kv import BITS, check_layout
 from gossamer.patterns import resolve
