@@ -22,7 +22,7 @@ from gossamer.attention.zipvl import (
 )
 from gossamer.cache.h2o import H2O
 from gossamer.errors import InputError, RecipeError
-from gossamer.hf import dense_attention
+from gossamer.hf import dense_attention, load_cache, save_cache
 from gossamer.models import tiny_model
 from gossamer.testing import Stream
 
@@ -641,3 +641,25 @@ def test_states_that_are_not_finite_are_refused():
         pytest.raises(InputError, match="finite"),
     ):
         stream.feed(handle, 64)
+
+
+def test_a_saved_cache_goes_on_as_it_would_have(tmp_path):
+    model = tiny_model()
+    ids = torch.randint(1, 256, (2, 60), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, :15] = 0
+    with ZipVL(tau=0.7, probes=(8, 8), interval=6).attach(model):
+        cache = model(ids[:, :40], attention_mask=mask[:, :40], use_cache=True).past_key_values
+        for t in range(40, 50):
+            model(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache)
+        save_cache(cache, tmp_path / "cache.safetensors", model)
+    again = load_cache(tmp_path / "cache.safetensors", model)
+    assert [layer.nbytes for layer in again.layers] == [layer.nbytes for layer in cache.layers]
+    assert [(len(layer.parts), layer.recent) for layer in again.layers] == [(4, 4)] * 2
+    with ZipVL(tau=0.7, probes=(8, 8), interval=6).attach(model):
+        for t in range(50, 60):
+            want, got = (
+                model(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=c).logits
+                for c in (cache, again)
+            )
+            assert torch.equal(got, want)

@@ -35,6 +35,8 @@ from gossamer.ops.quantized_kv import (
     quantized_decode_attention,
 )
 
+_STORED, _BESIDE = ("codes", "step", "zero"), ("factor", "counts", "positions")
+
 
 def channel_factors(value: Tensor) -> Tensor:
     """c, the square root of the largest magnitude of each channel over the rows of ``[batch, kv_heads, n, d]``.
@@ -324,6 +326,53 @@ class MixedPrecisionKV(KVLayer):
         if self.split:
             raise InputError("this cache has compressed rows, which cannot be dropped: choose one method for the cache")
         super().keep(ids)
+
+    def snapshot(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What `restored` needs beside the recent rows, for `gossamer.hf.snapshot`."""
+        tensors: dict[str, Tensor] = {}
+        for n, part in enumerate(self.parts):
+            for side, rows in (("key", part.key), ("value", part.value)):
+                tensors |= {f"{n}.{side}.{what}": x for what, x in zip(_STORED, rows.tensors(), strict=True)}
+            tensors |= {f"{n}.{what}": getattr(part, what) for what in _BESIDE}
+        return {"bits": self.bits, "split": self.split, "parts": [part.key.bits for part in self.parts]}, tensors
+
+    @classmethod
+    def restored(
+        cls, facts: dict[str, Any], tensors: dict[str, Tensor], key: Tensor, value: Tensor
+    ) -> MixedPrecisionKV:
+        """A layer from what `snapshot` gave and its recent rows.
+
+        Raises:
+            ValueError, KeyError: they do not belong together.
+        """
+        high, low = facts["bits"]
+        layer = cls(bits=(high, low))
+        layer.update(key, value)
+        for n, bits in enumerate(facts["parts"]):
+            (codes, step, zero), value_rows = (
+                [tensors[f"{n}.{side}.{what}"] for what in _STORED] for side in ("key", "value")
+            )
+            rows = codes.shape[2]
+            sides = (
+                QuantizedRows(codes, step, zero, bits, "channel", rows),
+                QuantizedRows(value_rows[0], value_rows[1], value_rows[2], bits, "token", 1),
+            )
+            part = Part(*sides, *(tensors[f"{n}.{what}"] for what in _BESIDE))
+            sizes = [
+                (layer.batch, layer.heads, rows, layer.key_rows(0, 0).shape[3]),
+                (layer.batch, layer.heads, 1, part.key.dim),
+                (layer.batch, layer.heads, rows, part.value.dim),
+                (layer.batch, layer.heads, rows),
+            ]
+            found = [(*x.codes.shape[:3], x.dim) for x in sides]
+            shapes = [found[0], tuple(part.key.step.shape), found[1], tuple(part.value.step.shape)]
+            if shapes != sizes or part.positions.shape != (layer.batch, rows) or bool((part.counts > rows).any()):
+                raise ValueError("parts are damaged")
+            layer.parts.append(part)
+        layer.split = int(facts["split"])
+        layer.length += layer.split
+        layer._parts_bytes = sum(part.nbytes for part in layer.parts)
+        return layer
 
     def _replace_batch(self, pick: Any) -> None:
         super()._replace_batch(pick)
