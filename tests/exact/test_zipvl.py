@@ -21,6 +21,7 @@ from gossamer.attention.zipvl import (
     sparse_attention,
 )
 from gossamer.cache.h2o import H2O
+from gossamer.cache.rtn_kv import RTNKV
 from gossamer.errors import InputError, RecipeError
 from gossamer.hf import dense_attention, load_cache, save_cache
 from gossamer.models import tiny_model
@@ -605,6 +606,13 @@ def test_one_method_takes_both_phases():
     ids = torch.randint(1, 256, (1, 40), generator=torch.Generator().manual_seed(0))
     with attach(model, [(ZipVL(cache="none"), None), (H2O(budget=8, prompt="block"), None)]):
         assert model(ids, use_cache=True).past_key_values.layers[0].length == 8
+    with pytest.raises(RecipeError, match="storage"):
+        attach(model, [(ZipVL(), None), (RTNKV(), None)])
+    tokens = RTNKV(key_axis="token", value_axis="token", group=4, residual=4)
+    with attach(model, [(ZipVL(cache="evict", ratio=0.5), None), (tokens, None)]):
+        cache = model(ids, use_cache=True).past_key_values
+        assert [layer.length for layer in cache.layers] == [20, 20]
+        assert model(ids[:, :1], past_key_values=cache).logits.isfinite().all()
     with attach(model, [(ZipVL(cache="evict"), None), (Quest(tokens=8, page_size=4), None)]):
         assert model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3).shape == (1, 43)
 

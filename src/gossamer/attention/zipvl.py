@@ -255,9 +255,9 @@ class ZipPolicy(PrefillPolicy, CachePolicy, StoragePolicy):
         chosen, state.ids = state.ids, None
         if self.method.cache == "evict":
             if chosen is not None:
-                assert state.scores is not None and kv.key_storage is not None
+                assert state.scores is not None
                 keep = rows_to_keep(chosen, state.scores)
-                layer.keep(keep[:, None].expand(*kv.key_storage.shape[:2], -1))
+                layer.keep(keep[:, None].expand(kv.batch, kv.heads, -1))
         elif isinstance(kv, MixedPrecisionKV) and not layer.window:
             if chosen is not None:
                 kv.compress(chosen, layer.starts)

@@ -390,7 +390,7 @@ class MixedAttention(Prepared):
     def __init__(self, kv: MixedPrecisionKV) -> None:
         assert kv.key_storage is not None
         self.kv = kv
-        self.batch, self.kv_heads, _, self.dim = kv.key_storage.shape
+        self.batch, self.kv_heads, self.dim = kv.batch, kv.heads, kv.key_storage.shape[3]
         self.dtype = kv.dtype
         self.full_row_bytes = 2 * self.dim * kv.key_storage.element_size()
         self._parts: list[Part] | None = None
