@@ -82,7 +82,9 @@ def attach(model: nn.Module, chosen: Sequence[tuple[PolicyMethod, Calibration | 
     for method, calibration in chosen:
         for phase, policy in method.policies(model, calibration).items():
             if phase in policies:
-                where = {"cache": "the cache", "storage": "the storage of the cache"}.get(phase, f"attention in {phase}")
+                where = {"cache": "the cache", "storage": "the storage of the cache"}.get(
+                    phase, f"attention in {phase}"
+                )
                 hint = (
                     " (prompt='block' leaves prefill free)"
                     if any("prompt" in type(m).model_fields for m, _ in chosen)
@@ -115,7 +117,9 @@ def _check_storage(policies: dict[str, Any], owner: dict[str, str]) -> None:
         return
     slug = owner["storage"]
     if decode is not None and decode.places is not None:
-        raise RecipeError(f"{slug} keeps rows in memory and {owner['decode']} offloads them: choose one (offload='none')")
+        raise RecipeError(
+            f"{slug} keeps rows in memory and {owner['decode']} offloads them: choose one (offload='none')"
+        )
     if cache is not None and cache.rewrites:
         raise RecipeError(f"{owner['cache']} merges rows, which {slug} has quantised: choose one of the two")
     if cache is not None and cache.drops and storage.grouped:

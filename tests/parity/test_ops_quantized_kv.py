@@ -88,13 +88,20 @@ def test_random_cases(isa, data):
     scales = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
     query = torch.randn(batch, kv_heads * group, dim).to(dtype)
     key, value = (
-        stored((batch, kv_heads, rows, dim), data.draw(st.sampled_from([2, 4, 8])), *data.draw(st.sampled_from(AXES)), scales)
+        stored(
+            (batch, kv_heads, rows, dim),
+            data.draw(st.sampled_from([2, 4, 8])),
+            *data.draw(st.sampled_from(AXES)),
+            scales,
+        )
         for _ in range(2)
     )
     total = rows + near
     recent = None
     if near:
-        recent = tuple(torch.full((batch, near + 3, kv_heads, dim), math.nan).to(dtype).transpose(1, 2) for _ in range(2))
+        recent = tuple(
+            torch.full((batch, near + 3, kv_heads, dim), math.nan).to(dtype).transpose(1, 2) for _ in range(2)
+        )
         recent = tuple(x[:, :, :near].normal_() for x in recent)
     lengths = torch.randint(0, total + 1, (batch,), dtype=torch.int32)
     starts = (lengths * torch.rand(batch)).int()
@@ -118,7 +125,9 @@ def test_threads_agree(isa):
     key, value = stored((2, 2, 3000, 64), 4, "channel", 128), stored((2, 2, 3000, 64), 4, "token", None)
     alone = ops.quantized_decode_attention(query, key, value, split=3000)
     torch.set_num_threads(3)
-    torch.testing.assert_close(ops.quantized_decode_attention(query, key, value, split=3000), alone, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        ops.quantized_decode_attention(query, key, value, split=3000), alone, atol=1e-4, rtol=1e-4
+    )
 
 
 @needs_native
@@ -128,7 +137,8 @@ def test_nothing_to_attend_and_a_spike(isa):
     key, value = stored((1, 2, 400, 64), 8, "token", None), stored((1, 2, 400, 64), 8, "token", None)
     none = torch.zeros(1, dtype=torch.int32)
     out, lse = ops.quantized_decode_attention(query, key, value, lengths=none, return_lse=True)
-    assert bool((out == 0).all()) and bool((lse == -math.inf).all())
+    assert bool((out == 0).all())
+    assert bool((lse == -math.inf).all())
     empty = torch.zeros(1, 2, 0, dtype=torch.int32)
     assert bool((ops.quantized_decode_attention(query, key, value, indices=empty) == 0).all())
     # One row far above many others: what its block loses to the coarser weights stays small. (A longer query scales the
@@ -141,7 +151,11 @@ def test_nothing_to_attend_and_a_spike(isa):
 @needs_native
 def test_a_nan_is_not_hidden(isa):
     torch.manual_seed(0)
-    query, key, value = torch.randn(1, 1, 32), stored((1, 1, 40, 32), 4, "token", None), stored((1, 1, 40, 32), 4, "token", None)
+    query, key, value = (
+        torch.randn(1, 1, 32),
+        stored((1, 1, 40, 32), 4, "token", None),
+        stored((1, 1, 40, 32), 4, "token", None),
+    )
     value.zero[0, 0, 7] = math.nan
     assert bool(ops.quantized_decode_attention(query, key, value, split=40).isnan().all())
 
@@ -190,7 +204,8 @@ def test_groups_are_written_in_turn():
         ops.quantize_rows(rows[:, :, first : first + 8], in_turn, first)
     assert torch.equal(ops.dequantize_rows(at_once, 0, 20), ops.dequantize_rows(in_turn, 0, 20))
     grown = in_turn.grow(64, 20)
-    assert grown.capacity == 64 and torch.equal(ops.dequantize_rows(grown, 3, 20), ops.dequantize_rows(in_turn, 3, 20))
+    assert grown.capacity == 64
+    assert torch.equal(ops.dequantize_rows(grown, 3, 20), ops.dequantize_rows(in_turn, 3, 20))
     assert row_bytes(in_turn, 20) == 20 * 8 + 3 * 16 * 8
     assert in_turn.nbytes(20) == 2 * row_bytes(in_turn, 20)
 
@@ -234,8 +249,23 @@ def test_compiles_and_has_a_fake():
     torch.manual_seed(0)
     query, near = torch.randn(1, 2, 32), torch.randn(1, 1, 3, 32)
     key, value = stored((1, 1, 32, 32), 4, "channel", 8, room=0), stored((1, 1, 32, 32), 4, "token", None, room=0)
-    args = (query, *key.tensors(), *value.tensors(), near, near, [4, 1, 8, 4, 0, 1, 32], None, None, None, None, 0.2, True)
-    torch.library.opcheck(torch.ops.gossamer.quantized_decode_attention, args, test_utils=("test_schema", "test_faketensor"))
+    args = (
+        query,
+        *key.tensors(),
+        *value.tensors(),
+        near,
+        near,
+        [4, 1, 8, 4, 0, 1, 32],
+        None,
+        None,
+        None,
+        None,
+        0.2,
+        True,
+    )
+    torch.library.opcheck(
+        torch.ops.gossamer.quantized_decode_attention, args, test_utils=("test_schema", "test_faketensor")
+    )
     empty = ops.QuantizedRows.allocate(1, 1, 8, 32, bits=4)
     torch.library.opcheck(
         torch.ops.gossamer.quantize_rows,

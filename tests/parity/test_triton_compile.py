@@ -27,6 +27,7 @@ def test_kernels_compile_for_an_h100(tmp_path):
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]
     assert {line.split()[0] for line in run.stdout.splitlines()} == {
         "_attend",
+        "_attend_codes",
         "_merge",
         "_select",
         "_append",
@@ -42,8 +43,9 @@ def main():
 
     from gossamer.gpu.decode_attention import decode_attention
     from gossamer.gpu.labels import append_labels, label_scores
+    from gossamer.gpu.quantized_kv import quantized_decode_attention
     from gossamer.gpu.select_topk import select_topk
-    from gossamer.ops import LabelCache
+    from gossamer.ops import LabelCache, QuantizedRows
 
     class H100:
         def get_current_target(self):
@@ -82,6 +84,21 @@ def main():
         append_labels(labels, key, ids(4, r), 7)
         for reduce in ("none", "sum") if r > 32 else ("max",):
             label_scores(query, ids(4, r), labels, 2000, lengths=ids(2), reduce=reduce, kv_heads=4, protect_last=True)
+    for dim, dtype, bits, axes in (
+        (128, torch.bfloat16, (4, 4), ("channel", "token")),
+        (64, torch.float16, (8, 2), ("token", "token")),
+        (256, torch.float32, (2, 8), ("channel", "channel")),
+    ):
+        key, value = (
+            QuantizedRows.allocate(
+                2, 4, 2048, dim, bits=b, axis=a, group=64 if a == "channel" else None, scales=torch.bfloat16
+            )
+            for b, a in zip(bits, axes, strict=True)
+        )
+        query = torch.zeros(2, 16, dim, dtype=dtype)
+        how = {"recent": None, "split": 2048, "scale": 1.0}
+        quantized_decode_attention(query, key, value, starts=ids(2), lengths=ids(2), **how)
+        quantized_decode_attention(query, key, value, indices=ids(2, 4, 256), counts=ids(2, 4), **how)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,13 @@ if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
 
 from gossamer.ops import (  # noqa: E402
     LabelCache,
+    QuantizedRows,
     append_labels,
     decode_attention,
     label_attention,
     label_scores,
+    quantize_rows,
+    quantized_decode_attention,
     select_topk,
     use_backend,
 )
@@ -315,3 +318,45 @@ def test_no_call_waits_for_the_gpu():
             label_attention(query, key, key, channels, labels, 9)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("bits", "axes", "scales"),
+    [((8, 8), ("token", "token"), F32), ((4, 4), ("channel", "token"), BF16), ((2, 4), ("channel", "channel"), F32)],
+)
+def test_quantized_attention(dtype, bits, axes, scales):
+    rows, near, dim = 600, 9, 48
+    stored = []
+    for size, axis in zip(bits, axes, strict=True):
+        storage = QuantizedRows.allocate(
+            2,
+            2,
+            rows + 8,
+            dim,
+            bits=size,
+            axis=axis,
+            group=40 if axis == "channel" else None,
+            scales=scales,
+            device=DEVICE,
+        )
+        storage.step.fill_(math.nan)
+        storage.zero.fill_(math.nan)
+        quantize_rows(torch.randn(2, 2, rows, dim), storage, 0)
+        stored.append(storage)
+    query = torch.randn(2, 6, dim).to(dtype)
+    recent = cache(2, 2, near, dim, dtype), cache(2, 2, near, dim, dtype)
+    how = {"recent": recent, "split": rows, "return_lse": True}
+    check_attention(lambda: quantized_decode_attention(query, *stored, **how), dtype)
+    ranges = {"starts": ints(3, 0), "lengths": ints(rows + 5, 590)}
+    check_attention(lambda: quantized_decode_attention(query, *stored, **how, **ranges), dtype)
+    for heads in (2, 6):
+        ids = (torch.rand(2, heads, 40) * 580 + 4).int()
+        ids[0, :, 0] = rows + 2  # one that is not quantised
+        counts = ints(*[7, 40, 0][:1] * (2 * heads)).view(2, heads)
+        counts[1] = 40
+        listed = {**how, **ranges, "indices": ids, "counts": counts}
+        check_attention(lambda listed=listed: quantized_decode_attention(query, *stored, **listed), dtype)
+    check_attention(
+        lambda: quantized_decode_attention(query, *stored, split=rows, return_lse=True, lengths=ints(0, 600)), dtype
+    )

@@ -87,8 +87,8 @@ class QuestPolicy(SelectingPolicy):
     def select(self, layer: LayerView, query: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Rows of the best pages and of the open page, per query head."""
         size, state = self.method.page_size, cast(PageBounds, layer.state)
-        first = state.rows // size * size
-        low, high = state.extend(layer.key_rows(first, layer.kv.length), size, first)
+        done = state.rows // size * size
+        low, high = state.extend(layer.key_rows(done, layer.kv.length), size, done)
         whole = (length - 1) // size  # pages that end before the current token's page
         scores = page_scores(query, low[:, :, :whole], high[:, :, :whole])
         first = layer.starts.to(torch.int32) // size if layer.starts is not None else None

@@ -150,7 +150,7 @@ class KVLayer(CacheLayerMixin):
     def prepare(self, previous: ops.Prepared | None) -> ops.Prepared:
         """Attention over the rows as they are stored now; the previous one, where that still holds."""
         assert self.key_storage is not None and self.value_storage is not None
-        if previous is None or not previous.fits(self.key_storage, self.value_storage):
+        if not isinstance(previous, ops.PreparedAttention) or not previous.fits(self.key_storage, self.value_storage):
             return ops.PreparedAttention(self.key_storage, self.value_storage)
         return previous
 
@@ -380,7 +380,9 @@ def _within(ids: Tensor, length: int) -> bool:
 
 
 def adopt(
-    cache: Any, places: Sequence[Allocator] | None = None, layers: Sequence[Callable[[KVLayer | None], KVLayer]] | None = None
+    cache: Any,
+    places: Sequence[Allocator] | None = None,
+    layers: Sequence[Callable[[KVLayer | None], KVLayer]] | None = None,
 ) -> Any:
     """Give a transformers cache our storage, in place, keeping what it holds.
 

@@ -14,7 +14,7 @@ scales for the last row of each, more bytes than the codes that are left.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from gossamer.hf.cache import KVLayer, _round_up
 from gossamer.hf.offload import Allocator
 from gossamer.ops.memory import advise_huge_pages
 from gossamer.ops.prepared import stored_rows
-from gossamer.ops.quantized_kv import check_layout
+from gossamer.ops.quantized_kv import Axis, check_layout
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class KVFormat:
 
     key_bits: int
     value_bits: int
-    key_axis: Literal["token", "channel"] = "channel"
-    value_axis: Literal["token", "channel"] = "token"
+    key_axis: Axis = "channel"
+    value_axis: Axis = "token"
     group: int = 64
     residual: int = 32
     half_scales: bool = True
@@ -56,7 +56,9 @@ class KVFormat:
         for bits, axis in ((self.key_bits, self.key_axis), (self.value_bits, self.value_axis)):
             check_layout("quantised cache", head_dim, bits, axis, None)
         if self.group < 1 or self.residual < 0:
-            raise InputError(f"quantised cache: a group of {self.group} rows and a residual of {self.residual} can't be")
+            raise InputError(
+                f"quantised cache: a group of {self.group} rows and a residual of {self.residual} can't be"
+            )
 
     @property
     def grouped(self) -> bool:
@@ -284,21 +286,22 @@ class QuantizedKVLayer(KVLayer):
     def _store(self, capacity: int) -> tuple[ops.QuantizedRows, ops.QuantizedRows]:
         assert self.recent is not None
         f, like = self.format, self.recent[0]
-        with torch.inference_mode(False):
-            self.old = tuple(  # type: ignore[assignment]
-                ops.QuantizedRows.allocate(
-                    *like.shape[:2],
-                    capacity,
-                    like.shape[3],
-                    bits=bits,
-                    axis=axis,
-                    group=f.group if axis == "channel" else None,
-                    scales=torch.bfloat16 if f.half_scales else torch.float32,
-                    device=like.device,
-                )
-                for bits, axis in ((f.key_bits, f.key_axis), (f.value_bits, f.value_axis))
+
+        def make(bits: int, axis: Axis) -> ops.QuantizedRows:
+            return ops.QuantizedRows.allocate(
+                self.batch,
+                self.heads,
+                capacity,
+                like.shape[3],
+                bits=bits,
+                axis=axis,
+                group=f.group if axis == "channel" else None,
+                scales=torch.bfloat16 if f.half_scales else torch.float32,
+                device=like.device,
             )
-        assert self.old is not None
+
+        with torch.inference_mode(False):
+            self.old = make(f.key_bits, f.key_axis), make(f.value_bits, f.value_axis)
         self._advise()
         return self.old
 
@@ -379,7 +382,7 @@ class QuantizedKVLayer(KVLayer):
         if self.recent is None:
             return
         with torch.inference_mode(False), torch.no_grad():
-            self.recent = tuple(pick(x) for x in self.recent)  # type: ignore[assignment]
+            self.recent = tuple(pick(x) for x in self.recent)
             if self.old is not None:
                 self.old = tuple(rows.map(pick) for rows in self.old)  # type: ignore[assignment]
         self._block = None

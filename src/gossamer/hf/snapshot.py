@@ -44,14 +44,15 @@ def save_cache(cache: Cache, path: str | Path, model: nn.Module) -> Path:
         InputError: the cache holds nothing yet, layers of another kind, or rows that are offloaded.
         OutputError: the folder can't be written.
     """
-    path, tensors, facts = Path(path), {}, []
+    path, facts = Path(path), []
+    tensors: dict[str, Tensor] = {}
     for i, layer in enumerate(cache.layers):
         if not isinstance(layer, KVLayer) or not layer.is_initialized:
             raise InputError("save_cache takes a cache that a model with attached methods has filled")
         facts.append(_describe(i, layer, tensors))
     if not facts:
         raise InputError("save_cache takes a cache that a model with attached methods has filled")
-    header = {"format": _FORMAT, "fingerprint": fingerprint(model), "layers": facts}  # type: ignore[arg-type]
+    header = {"format": _FORMAT, "fingerprint": fingerprint(model), "layers": facts}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +83,7 @@ def load_cache(path: str | Path, model: nn.Module) -> GossamerCache:
             header = json.loads((file.metadata() or {})["gossamer"])
             if header["format"] != _FORMAT:
                 raise InputError(f"{path} has cache format {header['format']}, this version reads {_FORMAT}")
-            found = fingerprint(model)  # type: ignore[arg-type]
+            found = fingerprint(model)
             if header["fingerprint"] != found:
                 raise InputError(
                     f"the cache in {path} was filled by another model (its fingerprint {header['fingerprint']}, this "
@@ -129,9 +130,9 @@ def _describe(index: int, layer: KVLayer, tensors: dict[str, Tensor]) -> dict[st
     facts["states"] = {}
     waiting = [layer.saved, *layer.states().values()]
     for parts in waiting:
-        for part, (held, rows) in parts.items():
+        for part, (held, covered) in parts.items():
             if part not in facts["states"]:  # of several runtimes, the first that has something
-                facts["states"][part] = rows
+                facts["states"][part] = covered
                 tensors.update({f"{name}{part}.{key}": value for key, value in held.items()})
     return facts
 
@@ -172,12 +173,12 @@ def _restore(index: int, facts: dict[str, Any], tensors: dict[str, Tensor], devi
     if layer.row_positions is not None and layer.row_positions.shape != (layer.batch, layer.heads, layer._kept):
         raise ValueError("positions are missing")
     layer.starts = None if starts is None else starts.to(device)
-    for part, rows_covered in facts["states"].items():
+    for part, covered in facts["states"].items():
         if part not in PARTS:
             raise ValueError("unknown state")
         own = f"{name}{part}."
         held = {key.removeprefix(own): value.to(device) for key, value in tensors.items() if key.startswith(own)}
-        layer.saved[part] = held, int(rows_covered)
+        layer.saved[part] = held, int(covered)
     return layer
 
 

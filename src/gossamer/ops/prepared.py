@@ -362,9 +362,7 @@ class PreparedQuantizedAttention(Prepared):
 
     def fits(self, key: QuantizedRows, value: QuantizedRows, recent: tuple[Tensor, Tensor]) -> bool:
         """Whether this was made for these."""
-        return (
-            key is self.key and value is self.value and recent[0] is self.recent[0] and recent[1] is self.recent[1]
-        )
+        return key is self.key and value is self.value and recent[0] is self.recent[0] and recent[1] is self.recent[1]
 
     def rows(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """The first rows, dequantised: copies."""
@@ -416,7 +414,7 @@ class PreparedQuantizedAttention(Prepared):
 
     def _general(self, query: Tensor, length: int, scale: float, starts: Tensor | None, **how: Any) -> Tensor:
         split = min(self.split, length)
-        near = tuple(x.narrow(2, 0, length - split) for x in self.recent)
+        near = self.recent[0].narrow(2, 0, length - split), self.recent[1].narrow(2, 0, length - split)
         out: Tensor = quantized_decode_attention(
             query, self.key, self.value, recent=near, split=split, starts=starts, scale=scale, **how
         )

@@ -110,7 +110,8 @@ class QuantizedRows:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> QuantizedRows:
         """Return rows of the same kind with every tensor changed (moved, picked from the batch)."""
-        return QuantizedRows(*map(change, self.tensors()), self.bits, self.axis, self.group)
+        codes, step, zero = map(change, self.tensors())
+        return QuantizedRows(codes, step, zero, self.bits, self.axis, self.group)
 
     def grow(self, capacity: int, rows: int) -> QuantizedRows:
         """Return storage for ``capacity`` rows with the first ``rows`` copied."""
@@ -226,7 +227,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     packed = parts[..., 0, :].clone()
     for n in range(1, 8 // bits):
         packed |= parts[..., n, :] << (n * bits)
-    return packed.flatten(-2)
+    flat: Tensor = packed.flatten(-2)
+    return flat
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
@@ -239,7 +241,8 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
         return packed
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)[:, None]
     words = packed.unflatten(-1, (-1, 1, 4))
-    return ((words >> shifts) & ((1 << bits) - 1)).flatten(-3)
+    codes: Tensor = ((words >> shifts) & ((1 << bits) - 1)).flatten(-3)
+    return codes
 
 
 def scales_of(rows: Tensor, dim: int, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -289,7 +292,9 @@ def _quantize_reference(
         by, low = scales_of(grouped, 3, bits, step.dtype)
         place = slice(at + begin // group, at + begin // group + grouped.shape[2])
         step[:, :, place], zero[:, :, place] = by.squeeze(3), low.squeeze(3)
-        codes[:, :, first + begin : first + begin + rows_here] = pack(_codes(grouped, by, low, bits).flatten(2, 3), bits)
+        codes[:, :, first + begin : first + begin + rows_here] = pack(
+            _codes(grouped, by, low, bits).flatten(2, 3), bits
+        )
 
 
 def _quantize(
@@ -363,7 +368,8 @@ def quantized_decode_attention(
         query,
         *key.tensors(),
         *value.tensors(),
-        *(recent or (None, None)),
+        None if recent is None else recent[0],
+        None if recent is None else recent[1],
         [key.bits, key.axis == "channel", key.group, value.bits, value.axis == "channel", value.group, split],
         starts,
         lengths,
@@ -397,7 +403,9 @@ def _check(
         if tensor.device != query.device:
             raise InputError(f"{_OP}: query is on {query.device}, rows are on {tensor.device}")
     if key.step.dtype is not value.step.dtype:
-        raise InputError(f"{_OP}: scales of keys and values must share a dtype, got {key.step.dtype}, {value.step.dtype}")
+        raise InputError(
+            f"{_OP}: scales of keys and values must share a dtype, got {key.step.dtype}, {value.step.dtype}"
+        )
     if split is not None and not 0 <= split <= capacity:
         raise InputError(f"{_OP}: split must lie in 0 .. {capacity}, the capacity, got {split}")
     if recent is not None:
@@ -410,7 +418,8 @@ def _check(
             raise InputError(f"{_OP}: recent rows must have the query's dtype, got {new.dtype}, {values.dtype}")
 
 
-def _stored(codes: Tensor, step: Tensor, zero: Tensor, bits: int, channel: int, group: int) -> QuantizedRows:
+def _stored(codes: Tensor, step: Tensor, zero: Tensor, kind: list[int]) -> QuantizedRows:
+    bits, channel, group = kind
     return QuantizedRows(codes, step, zero, bits, "channel" if channel else "token", group)
 
 
@@ -446,7 +455,10 @@ class NativeRows:
             assert step.dtype is zero.dtype is parts[0][1].dtype
         self.held = (near, parts)  # addresses stay good
         self._native = native().QuantizedPrepared(
-            (*(x.data_ptr() for part in parts for x in part), *((0, 0) if near is None else (x.data_ptr() for x in near))),
+            (
+                *(x.data_ptr() for part in parts for x in part),
+                *((0, 0) if near is None else (x.data_ptr() for x in near)),
+            ),
             (
                 *(s for codes, step, _ in parts for s in (*codes.stride()[:3], *(*step.stride(), 1)[:3])),
                 *((0,) * 6 if near is None else (*near[0].stride()[:3], *near[1].stride()[:3])),
@@ -512,8 +524,8 @@ def _run(
     scale: float,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    key = _stored(key_codes, key_step, key_zero, *kinds[:3])
-    value = _stored(value_codes, value_step, value_zero, *kinds[3:6])
+    key = _stored(key_codes, key_step, key_zero, kinds[:3])
+    value = _stored(value_codes, value_step, value_zero, kinds[3:6])
     recent = None if recent_key is None or recent_value is None else (recent_key, recent_value)
     backend = resolve(_OP, _MODULE, query)
     if backend == "native":
@@ -522,8 +534,22 @@ def _run(
         lse = query.new_empty(query.shape[:2] if return_lse else (0,), dtype=torch.float32)
         out, _ = prepared.attend(query, rows, kinds[6], scale, starts, lengths, indices, counts, lse)
         return out, lse
-    with torch.no_grad():
-        result = _reference(query, key, value, recent, kinds[6], starts, lengths, indices, counts, scale)
+    if backend == "triton":
+        result: tuple[Tensor, Tensor] = triton_call(_OP, _MODULE)(
+            query,
+            key,
+            value,
+            recent=recent,
+            split=kinds[6],
+            starts=starts,
+            lengths=lengths,
+            indices=indices,
+            counts=counts,
+            scale=scale,
+        )
+    else:
+        with torch.no_grad():
+            result = _reference(query, key, value, recent, kinds[6], starts, lengths, indices, counts, scale)
     return result if return_lse else (result[0], query.new_empty((0,), dtype=torch.float32))
 
 
@@ -553,9 +579,7 @@ def _fake(
     return query.new_empty(query.shape), query.new_empty(lse_shape, dtype=torch.float32)
 
 
-_custom_quantize = torch.library.custom_op(
-    "gossamer::quantize_rows", _quantize, mutates_args=("codes", "step", "zero")
-)
+_custom_quantize = torch.library.custom_op("gossamer::quantize_rows", _quantize, mutates_args=("codes", "step", "zero"))
 
 
 @_custom_quantize.register_fake
