@@ -302,7 +302,8 @@ class ZipVL(AttentionMethod):
     """Read long prompts with the important tokens of each layer only, found by their share of the attention mass.
 
     Needs neither calibration nor training. Made for prompts of many image tokens, most of which few queries look at: there
-    half to two thirds of the tokens go. Text keeps more of them, and pays more for each that goes: keep `tau` high there.
+    half to two thirds of the tokens go. Text keeps more of them and pays more for each that goes: keep `tau` high there
+    (SmolLM2, 768 tokens: 0.87 of them at 0.99, KL 0.10; at 0.96 a fixed `ratio` of the same mean does as well).
 
     Cost of a prompt of n tokens: ``m·n`` scores for the m probes and one sort of n numbers a layer, then attention over p
     tokens, so ``(p/n)² + m/n`` of causal attention; below about a thousand tokens that is no gain. Decode reads the whole
