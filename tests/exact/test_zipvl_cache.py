@@ -160,6 +160,17 @@ def test_rows_come_back_by_token_and_the_newest_as_they_were():
     assert torch.equal(layer.positions[0, 0].long(), torch.arange(53))
 
 
+@pytest.mark.parametrize("reserve", [0, 100, 900, 2000])
+def test_full_precision_storage_is_freed(reserve):
+    """Room for what was reserved beyond the prompt stays, and at least for a few rows."""
+    layer = MixedPrecisionKV(reserve)
+    layer.update(*states(rows=900, batch=1))
+    layer.compress([torch.arange(5)])
+    assert layer.capacity == (1280 if reserve == 2000 else 256)
+    layer.update(*states(rows=300, batch=1))
+    assert (layer.length, layer.recent) == (1200, 300)
+
+
 def test_a_second_compression_adds_parts_and_keeps_the_length():
     key, value = states(rows=60)
     layer = layer_of(key[:, :, :40], value[:, :, :40], [torch.arange(10)] * 2)

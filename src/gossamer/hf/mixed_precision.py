@@ -250,7 +250,7 @@ class MixedPrecisionKV(KVLayer):
         self._parts_bytes = sum(part.nbytes for part in self.parts)
         if self.split == 0:
             seen, self.length = self.length, 0  # nothing to copy
-            self._reallocate(_round_up(self.reserve - seen))
+            self._reallocate(_round_up(max(1, self.reserve - seen)))
             self.length = seen
         self.split = self.length
 
