@@ -11,7 +11,6 @@ from torch import Tensor
 from gossamer import ops
 from gossamer.attention import attach
 from gossamer.attention.tokenselect import (
-    Rotary,
     TokenSelect,
     TokenSelectPolicy,
     assemble,
@@ -19,6 +18,7 @@ from gossamer.attention.tokenselect import (
     head_vote,
     max_pool,
 )
+from gossamer.attention.tokenselect_positions import Rotary
 from gossamer.errors import InputError, ModelError, RecipeError
 from gossamer.hf import GossamerCache, ModelShape, SelectingPolicy, model_shape
 from gossamer.models import tiny_model

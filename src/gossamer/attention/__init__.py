@@ -12,6 +12,7 @@ from gossamer.attention import (
     streaming_llm,
     tidaldecode,
     tokenselect,
+    zipvl,
 )
 from gossamer.attention.base import AttentionHandle, AttentionMethod, attach
 
@@ -27,4 +28,5 @@ __all__ = [
     "streaming_llm",
     "tidaldecode",
     "tokenselect",
+    "zipvl",
 ]

@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache
 from gossamer import ops
 from gossamer.errors import InputError, OutputError
 from gossamer.hf.cache import PARTS, GossamerCache, KVLayer, _round_up
+from gossamer.hf.mixed_precision import MixedPrecisionKV
 from gossamer.hf.quantized import KVFormat, QuantizedKVLayer
 from gossamer.hf.views import model_shape
 from gossamer.models import fingerprint
@@ -116,8 +117,13 @@ def _describe(index: int, layer: KVLayer, tensors: dict[str, Tensor]) -> dict[st
             for part, tensor in zip(_PARTS, rows.tensors(), strict=True):
                 tensors[f"{name}{side}.{part}"] = tensor[:, :, : layer.split if part == "codes" else groups]
     else:
-        tensors[f"{name}key"] = layer.key_rows(0, layer.length)
-        tensors[f"{name}value"] = layer.value_rows(0, layer.length)
+        split = 0
+        if isinstance(layer, MixedPrecisionKV):
+            split = layer.split
+            facts["mixed"], parts_of = layer.snapshot()
+            tensors |= {f"{name}parts.{key}": tensor for key, tensor in parts_of.items()}
+        tensors[f"{name}key"] = layer.key_rows(split, layer.length)
+        tensors[f"{name}value"] = layer.value_rows(split, layer.length)
     for what, value in (("positions", layer.row_positions), ("starts", layer.starts)):
         if value is not None:
             tensors[name + what] = value
@@ -153,8 +159,13 @@ def _restore(index: int, facts: dict[str, Any], tensors: dict[str, Tensor], devi
             raise ValueError("rows are missing")
         quantized.split, quantized.length = split, length
     else:
-        layer = KVLayer()
-        layer.update(key, value)
+        if "mixed" in facts:
+            own = f"{name}parts."
+            held = {what.removeprefix(own): x.to(device) for what, x in tensors.items() if what.startswith(own)}
+            layer = MixedPrecisionKV.restored(facts["mixed"], held, key, value)
+        else:
+            layer = KVLayer()
+            layer.update(key, value)
         if layer.length != length or value.shape != key.shape:
             raise ValueError("rows are missing")
     layer.dropped, layer._kept = int(facts["dropped"]), int(facts["kept"])
