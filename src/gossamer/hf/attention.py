@@ -28,6 +28,7 @@ from gossamer import ops
 from gossamer.errors import InputError, ModelError
 from gossamer.hf.cache import PARTS, Derived, KVLayer, adopt
 from gossamer.hf.policy import CachePolicy, DecodePolicy, PrefillPolicy, StoragePolicy
+from gossamer.hf.mixed_precision import MixedPrecisionKV
 from gossamer.hf.quantized import QuantizedKVLayer
 from gossamer.hf.views import attention_views, base_model, model_shape
 
@@ -270,13 +271,13 @@ class AttentionRuntime:
         self._self = weakref.ref(self)
         self._cache: Any = None
         self._mask: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+        self._layers = None if self.storage is None else self.storage.layers(self.shape)  # may refuse the model
         self._config = model.config.get_text_config(decoder=True)
         self._previous = self._config._attn_implementation
         self._config._attn_implementation = NAME
         for view in self.views:
             _RUNTIMES[view.module] = weakref.ref(self)
         self._places = self.decode.places if self.decode is not None else None
-        self._layers = None if self.storage is None else self.storage.layers(self.shape)
         self._hook: Any = base_model(self.model).register_forward_pre_hook(self._before_forward, with_kwargs=True)
         if self.decode is not None:
             self.decode.attached(self)
@@ -434,7 +435,7 @@ class AttentionRuntime:
         """The rows themselves, where the cache handed out placeholders for them."""
         cache = self._cache() if self._cache is not None else None
         kv = cache.layers[module.layer_idx] if cache is not None else None
-        return kv.whole() if isinstance(kv, QuantizedKVLayer) else (key, value)
+        return kv.whole() if isinstance(kv, QuantizedKVLayer | MixedPrecisionKV) else (key, value)
 
     def _step(self, layer: LayerView, query: Tensor, length: int) -> Tensor:
         if self.decode is None:

@@ -290,6 +290,10 @@ class MixedPrecisionKV(KVLayer):
         nothing = key_states.new_full((1, 1, 1, 1), math.nan).expand(shape)
         return nothing, nothing
 
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """All rows, dequantised: for calls that attend outside the kernels."""
+        return self.key_rows(0, self.length), self.value_rows(0, self.length)
+
     def prepare(self, previous: Prepared | None) -> Prepared:
         """Attention over the parts and the recent rows."""
         if not isinstance(previous, MixedAttention) or previous.kv is not self:
