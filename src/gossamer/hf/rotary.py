@@ -41,7 +41,7 @@ class Rotary:
         found = [m for m in model.modules() if hasattr(m, "rotary_emb") and any(x is inside for x in m.modules())]
         name = type(model).__name__
         if not found or not all(getattr(view.module, "use_rope", True) for view in views):
-            raise ModelError(f"{who}: {name} has no rotary positions in every layer to pack: {advice}")
+            raise ModelError(f"{who}: {name} has no rotary positions in every layer: {advice}")
         self.module: Any = cast(Any, found[-1]).rotary_emb
         kinds: Any = getattr(self.module, "rope_type", "default")
         if {"dynamic", "longrope"} & set(kinds.values() if isinstance(kinds, dict) else [kinds]):
@@ -57,7 +57,7 @@ class Rotary:
         except (TypeError, RuntimeError, ValueError, IndexError):
             same = False
         if not same:
-            raise ModelError(f"{who}: {name} rotates its keys in a layout that cannot be packed: {advice}")
+            raise ModelError(f"{who}: {name} rotates its keys in a layout that cannot be undone: {advice}")
 
     def tables(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin float32 ``[*positions, rotary channels]`` of this layer, without the model's scaling of them."""
