@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -275,11 +276,18 @@ def test_bad_settings_are_one_line(bad):
 # -- one compression --------------------------------------------------------------------------------------------------
 
 
-def compressed(window=6, budget=16, n=40, **changes):
-    key, value, score = layer(n)
-    return (key, value, score[..., : n - window]), evict_then_merge(
-        key, value, score[..., : n - window], budget=budget, window=window, **changes
-    )
+def compress(key, value, score, **changes):
+    """Choice and merged rows in one object; `merged` without the window."""
+    choice, kept = evict_then_merge(key, value, score, **{"budget": 16, "window": 6, **changes})
+    assert torch.equal(kept.key[:, :, -6:], key[:, :, -6:])
+    assert torch.equal(kept.value[:, :, -6:], value[:, :, -6:])
+    merged = Rows(kept.key[:, :, :-6], kept.value[:, :, :-6], kept.score[:, :, :-6])
+    return SimpleNamespace(**choice._asdict(), carry=choice.carry, targets=choice.targets, merged=merged)
+
+
+def compressed(**changes):
+    key, value, score = layer()
+    return (key, value, score[..., :34]), compress(key, value, score[..., :34], **changes)
 
 
 def test_three_categories_by_score_ties_to_the_earlier():
@@ -289,7 +297,7 @@ def test_three_categories_by_score_ties_to_the_earlier():
     assert torch.equal(done.ids[..., 10:], torch.arange(34, 40).expand(2, 2, -1))
     assert torch.equal(done.members, ranked[..., 10:15])
     key, value, _ = layer()
-    tied = evict_then_merge(key, value, torch.ones(2, 2, 34), budget=16, window=6, gamma=0.5)
+    tied = compress(key, value, torch.ones(2, 2, 34), gamma=0.5)
     assert torch.equal(tied.ids[..., :10], torch.arange(10).expand(2, 2, -1))
     assert torch.equal(tied.members, torch.arange(10, 15).expand(2, 2, -1))
 
@@ -325,7 +333,7 @@ def test_heads_and_sequences_are_independent():
     key, value, score = layer()
     (_, _, _), before = compressed(tau=0.4)
     key[1, 0], value[1, 0] = random(40, 8, seed=77), random(40, 8, seed=78)
-    after = evict_then_merge(key, value, score[..., :34], budget=16, window=6, tau=0.4)
+    after = compress(key, value, score[..., :34], tau=0.4)
     for b, h in itertools.product(range(2), range(2)):
         same = torch.equal(before.merged.key[b, h], after.merged.key[b, h])
         assert same is not ((b, h) == (1, 0))
@@ -337,7 +345,7 @@ def test_mass_gives_each_head_its_own_number():
     score[0, 0] = 1.0  # flat: 0.9 of the mass needs nearly all tokens
     score[0, 1] = 0.0
     score[0, 1, 3] = 1.0  # sharp: one token is enough
-    done = evict_then_merge(key, value, score, budget=16, window=6, tau=0.0, mass=0.9)
+    done = compress(key, value, score, tau=0.0, mass=0.9)
     assert done.candidates[0].tolist() == [31 - 10, 0]
     assert (done.classes > 0).sum(-1)[0].tolist() == [21, 0]
     ranked = score.sort(-1, descending=True).values
@@ -353,13 +361,13 @@ def test_padding_is_neither_center_nor_member():
     key, value, score = layer()
     score = score[..., :34]
     starts = torch.tensor([0, 13], dtype=torch.int32)
-    alone = evict_then_merge(key[1:, :, 13:], value[1:, :, 13:], score[1:, :, 13:], budget=16, window=6, tau=0.4)
-    together = evict_then_merge(key, value, score, budget=16, window=6, tau=0.4, starts=starts)
+    alone = compress(key[1:, :, 13:], value[1:, :, 13:], score[1:, :, 13:], tau=0.4)
+    together = compress(key, value, score, tau=0.4, starts=starts)
     assert torch.equal(together.ids[1:], alone.ids + 13)
     torch.testing.assert_close(together.merged.key[1:], alone.merged.key)
     torch.testing.assert_close(together.merged.value[1:], alone.merged.value)
     starts = torch.tensor([0, 30], dtype=torch.int32)  # 4 real tokens before the window, 10 places
-    short = evict_then_merge(key, value, score, budget=16, window=6, tau=0.0, starts=starts)
+    short = compress(key, value, score, tau=0.0, starts=starts)
     assert torch.equal(short.ids[1, :, 6:10], torch.arange(30, 34).expand(2, -1))
     assert bool((short.ids[1, :, :6] < 30).all())
     assert int(short.candidates[1].sum()) == int((short.classes[1] > 0).sum()) == 0

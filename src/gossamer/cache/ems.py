@@ -36,11 +36,12 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from gossamer.cache.base import CacheMethod, EvictingPolicy, budget_of
-from gossamer.cache.merging import Combine, Norms, evict_then_merge, global_local_score
+from gossamer.cache.merging import Combine, Norms, choose_merges, global_local_score
 from gossamer.calibration import Calibration
 from gossamer.hf import CachePolicy, LayerView, ModelShape
 from gossamer.hf.cache import Derived
 from gossamer.hf.rotary import Rotary
+from gossamer.ops import merge_rows
 from gossamer.ops.attention_statistics import attention_columns, attention_row
 from gossamer.patterns import Budget
 from gossamer.registry import register
@@ -179,7 +180,7 @@ class MergingPolicy(EvictingPolicy):
             def unrotate(rows: Tensor, ids: Tensor) -> Tensor:
                 return rotary.undo(rows, layer.index, positions.gather(2, ids))
 
-        done = evict_then_merge(
+        choice = choose_merges(
             key,
             value,
             score,
@@ -189,16 +190,18 @@ class MergingPolicy(EvictingPolicy):
             tau=method.tau,
             mass=method.mass,
             clamp=method.clamp,
-            norms=method.norms,
             starts=layer.starts,
             unrotate=unrotate,
         )
-        layer.keep(done.ids)
-        for rows, merged in zip(layer.rows(budget - method.window), done.merged[:2], strict=True):
-            rows.copy_(merged)
-        self.candidates += int(done.candidates.sum())
-        self.merged += int((done.classes > 0).sum())
-        both = done.carry(torch.cat([total.unsqueeze(2), ring], 2))
+        merged = int((choice.classes > 0).sum())
+        if merged:
+            for rows, keep_norm in zip(layer.rows(kv.length), (method.norms == "separate", False), strict=True):
+                weights, members, targets = (x.to(rows.device) for x in (choice.weights, choice.members, choice.targets()))
+                merge_rows(rows, weights, members, targets, keep_norm=keep_norm)
+        layer.keep(choice.ids)
+        self.candidates += int(choice.candidates.sum())
+        self.merged += merged
+        both = choice.carry(torch.cat([total.unsqueeze(2), ring], 2))
         return both[:, :, 0], both[:, :, 1:]
 
     def report(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -205,33 +205,35 @@ def tokens_for_mass(ranked: Tensor, mass: float) -> Tensor:
     return ((reached < mass * reached[..., -1:]).sum(-1) + 1).clamp_max(ranked.shape[-1])
 
 
-class Compression(NamedTuple):
-    """What is left of a layer's rows: `merged` centers c, then the last `window` rows.
+class Choice(NamedTuple):
+    """Which of a layer's n rows stay, and which of the others go into them: c centers, then the last `window` rows.
 
     Attributes:
         ids: int64 ``[batch, kv_heads, c + window]``, rows that stay, ascending.
-        merged: the centers' rows, float32.
         members: int64 ``[batch, kv_heads, t]``, rows that were candidates for merging.
         classes: int64 ``[batch, kv_heads, t]``, which center took each (from 1), 0 for none.
         candidates: int64 ``[batch, kv_heads]``, how many of `members` count.
+        weights: float32 ``[batch, kv_heads, n]``, the scores; 0 for padding and for the window.
     """
 
     ids: Tensor
-    merged: Rows
     members: Tensor
     classes: Tensor
     candidates: Tensor
+    weights: Tensor
+
+    def targets(self) -> Tensor:
+        """The row that each member goes into, or -1; int64 ``[batch, kv_heads, t]``."""
+        return self.ids.gather(2, (self.classes - 1).clamp_min(0)).masked_fill(self.classes == 0, -1)
 
     def carry(self, sums: Tensor) -> Tensor:
-        """Running sums ``[batch, kv_heads, m, n]`` of what is left: a center takes over what its members had."""
+        """Running sums ``[batch, kv_heads, m, n]`` of what stays: a center takes over what its members had."""
         ids, members = (x.unsqueeze(2).expand(-1, -1, sums.shape[2], -1) for x in (self.ids, self.members))
         kept = sums.gather(3, ids).transpose(2, 3)
-        centers = self.merged.score.shape[2]
-        joined = add_members(kept[:, :, :centers], sums.gather(3, members).transpose(2, 3), self.classes)
-        return torch.cat([joined, kept[:, :, centers:]], 2).transpose(2, 3)
+        return add_members(kept, sums.gather(3, members).transpose(2, 3), self.classes).transpose(2, 3)
 
 
-def evict_then_merge(
+def choose_merges(
     key: Tensor,
     value: Tensor,
     score: Tensor,
@@ -242,11 +244,10 @@ def evict_then_merge(
     tau: float = 0.6,
     mass: float | None = None,
     clamp: bool = True,
-    norms: Norms = "separate",
     starts: Tensor | None = None,
     unrotate: Callable[[Tensor, Tensor], Tensor] | None = None,
-) -> Compression:
-    """One compression of a layer.
+) -> Choice:
+    """Sort a layer's rows into kept, to be merged and evicted, and find each candidate's center.
 
     Args:
         key, value: ``[batch, kv_heads, n, d]`` with ``n > budget``; score: float32 ``[batch, kv_heads, n − window]``.
@@ -270,37 +271,44 @@ def evict_then_merge(
         real = (torch.arange(older, device=key.device) >= starts.to(key.device)[:, None, None]).expand_as(score)
         score = score.masked_fill(~real, -math.inf)
     ranked = score.sort(dim=-1, descending=True, stable=True)
-    weights = ranked.values.clamp_min(0.0)
     if mass is None:
         candidates = torch.full_like(ranked.indices[..., 0], min(math.ceil(gamma * count), older - count))
     else:
-        candidates = (tokens_for_mass(weights, mass) - count).clamp_min(0)
+        candidates = (tokens_for_mass(ranked.values.clamp_min(0.0), mass) - count).clamp_min(0)
     if real is not None:
         candidates = candidates.minimum((real.sum(-1) - count).clamp_min(0))
     most = int(candidates.max())
-    ids, order = ranked.indices[..., :count].sort(-1)
-    members = ranked.indices[..., count : count + most]
-
-    def rows(at: Tensor, weight: Tensor) -> Rows:
-        return Rows(_pick(key, at), _pick(value, at), weight)
-
-    centers = rows(ids, weights[..., :count].gather(-1, order))
-    tokens = rows(members, weights[..., count : count + most])
-    compared = [(x.key if unrotate is None else unrotate(x.key, at)) for x, at in ((centers, ids), (tokens, members))]
+    centers, members = ranked.indices[..., :count].sort(-1).values, ranked.indices[..., count : count + most]
     classes = torch.zeros_like(members)
-    if tau <= 1:
+    if tau <= 1 and most:
+        compared = [_pick(key, at) if unrotate is None else unrotate(_pick(key, at), at) for at in (members, centers)]
+        values = [_pick(value, at) for at in (members, centers)]
         for first in range(0, most, _BLOCK):
             part = slice(first, first + _BLOCK)
             alike = pair_similarity(
-                compared[1][:, :, part], tokens.value[:, :, part], compared[0], centers.value, clamp=clamp
+                compared[0][:, :, part], values[0][:, :, part], compared[1], values[1], clamp=clamp
             )
             if real is not None:
-                alike.masked_fill_(~real.gather(-1, ids)[:, :, None], -2.0)
+                alike.masked_fill_(~real.gather(-1, centers)[:, :, None], -2.0)
             classes[..., part] = zero_class(alike, tau)
         classes.masked_fill_(torch.arange(most, device=key.device) >= candidates[..., None], 0)
     recent = torch.arange(older, key.shape[2], device=key.device).expand(*key.shape[:2], -1)
-    merged = merge_classes(centers, tokens, classes, norms=norms)
-    return Compression(torch.cat([ids, recent], -1), merged, members, classes, candidates)
+    weights = F.pad(score.clamp_min(0.0), (0, window))
+    return Choice(torch.cat([centers, recent], -1), members, classes, candidates, weights)
+
+
+def evict_then_merge(
+    key: Tensor, value: Tensor, score: Tensor, *, norms: Norms = "separate", **settings: Any
+) -> tuple[Choice, Rows]:
+    """One compression of a layer: `choose_merges`, whose arguments these are, and the rows that stay, float32.
+
+    (A cache does the second part in place, by `gossamer.ops.merge_rows`.)
+    """
+    choice = choose_merges(key, value, score, **settings)
+    kept, members = (
+        Rows(_pick(key, at), _pick(value, at), choice.weights.gather(2, at)) for at in (choice.ids, choice.members)
+    )
+    return choice, merge_classes(kept, members, choice.classes, norms=norms)
 
 
 def _pick(rows: Tensor, ids: Tensor) -> Tensor:
