@@ -12,7 +12,7 @@
 namespace gossamer {
 
 // Keep in step with ops/_checks.py.
-enum Status : int { kOk = 0, kBadRange = 1, kBadIndex = 2, kBadCount = 3, kBadChannel = 4 };
+enum Status : int { kOk = 0, kBadRange = 1, kBadIndex = 2, kBadCount = 3, kBadChannel = 4, kBadOrder = 5, kBadMerge = 6 };
 
 enum DType : int { kFloat32 = 0, kBFloat16 = 1 };
 
@@ -106,6 +106,49 @@ struct LinearArgs {
   int threads;
 };
 
+struct AttentionRowArgs {
+  AttentionArgs attention;  // indices unused; value and out null where only the row is wanted
+  float* row;               // [B,Hkv,row_line] of which S are written
+  int64_t row_line;
+};
+
+struct AttentionColumnsArgs {
+  const void *query, *key;  // [B,H,T,d], [B,Hkv,S,d]
+  const float* weights;     // [B,T], in the order of positions
+  const int32_t* starts;    // [B], or null
+  const int32_t* positions;  // [T], ascending
+  const int32_t* order;      // [T], the query row at each of them, or null for 0 .. T-1
+  float* out;                // [B,Hkv,S]
+  int64_t q_batch, q_head, q_row, k_batch, k_head, k_row;
+  int64_t batch, heads, kv_heads, rows, length, dim;
+  int64_t window;  // 0: none
+  bool causal;
+  float scale;
+  DType dtype;
+  int threads;
+};
+
+struct CompactArgs {
+  void* storage;    // [B,H,capacity] rows of row_bytes
+  const void* ids;  // [B,H,kept], ascending
+  int64_t s_batch, s_head, s_row, row_bytes;  // in bytes
+  int64_t batch, heads, kept, length;
+  int id_size;  // 4 or 8
+  int threads;
+};
+
+struct MergeArgs {
+  void* data;                         // [B,H,S,d]
+  const float* scores;                // [B,H,S]
+  const int32_t *sources, *targets;   // [B,H,count]
+  float* out;                         // [B,H,S], a copy of scores
+  int64_t s_batch, s_head, s_row;
+  int64_t batch, heads, rows, dim, count;
+  bool keep_norm;
+  DType dtype;
+  int threads;
+};
+
 struct Kernels {
   const char* name;
   Status (*decode_attention)(const AttentionArgs&);
@@ -115,6 +158,10 @@ struct Kernels {
   Status (*label_attention)(const LabelAttentionArgs&);
   Status (*linear)(const LinearArgs&);
   float (*read_all)(const float*, int64_t, int);
+  Status (*attention_row)(const AttentionRowArgs&);
+  Status (*attention_columns)(const AttentionColumnsArgs&);
+  Status (*compact_rows)(const CompactArgs&);
+  Status (*merge_rows)(const MergeArgs&);
 };
 
 #define GOSSAMER_DECLARE_KERNELS(isa)                      \
@@ -126,6 +173,10 @@ struct Kernels {
   Status label_attention(const LabelAttentionArgs&);       \
   Status linear(const LinearArgs&);                        \
   float read_all(const float* data, int64_t size, int threads); \
+  Status attention_row(const AttentionRowArgs&);           \
+  Status attention_columns(const AttentionColumnsArgs&);   \
+  Status compact_rows(const CompactArgs&);                 \
+  Status merge_rows(const MergeArgs&);                     \
   }
 GOSSAMER_DECLARE_KERNELS(baseline)
 GOSSAMER_DECLARE_KERNELS(avx2)

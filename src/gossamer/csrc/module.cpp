@@ -18,7 +18,8 @@ namespace {
 #define GOSSAMER_TABLE(isa)                                                                             \
   Kernels {                                                                                             \
     #isa, isa::decode_attention, isa::append_labels, isa::label_scores, isa::select_topk,               \
-        isa::label_attention, isa::linear, isa::read_all                                                             \
+        isa::label_attention, isa::linear, isa::read_all,                                                 \
+        isa::attention_row, isa::attention_columns, isa::compact_rows, isa::merge_rows                  \
   }
 
 // Slowest first; only what this processor can run.
@@ -273,6 +274,58 @@ int linear(intptr_t x, int64_t x_row, intptr_t weight, int64_t w_row, intptr_t b
   return call(active->linear, a);
 }
 
+int attention_row(nb::tuple tensors, nb::tuple strides, nb::tuple sizes, float scale, int dtype, int threads) {
+  AttentionRowArgs args{};
+  AttentionArgs& a = args.attention;
+  Reader t(tensors), s(sizes);
+  a.query = t.pointer<void>(), a.key = t.pointer<void>(), a.value = t.pointer<void>(), a.out = t.pointer<void>();
+  args.row = t.pointer<float>(), a.ranges.starts = t.pointer<int32_t>();
+  read_strides(Reader(strides), a);
+  read_sizes(Reader(sizes), a);
+  for (int i = 0; i < 5; ++i) s.next();
+  args.row_line = s.next();
+  a.scale = scale, a.dtype = DType(dtype);
+  a.threads = team(threads, row_bytes(a, false) / (a.value ? 1 : 2));
+  return call(active->attention_row, args);
+}
+
+int attention_columns(nb::tuple tensors, nb::tuple strides, nb::tuple sizes, float scale, bool causal, int dtype,
+                      int threads) {
+  AttentionColumnsArgs a{};
+  Reader t(tensors), r(strides), s(sizes);
+  a.query = t.pointer<void>(), a.key = t.pointer<void>(), a.out = t.pointer<float>(), a.weights = t.pointer<float>();
+  a.starts = t.pointer<int32_t>(), a.positions = t.pointer<int32_t>(), a.order = t.pointer<int32_t>();
+  a.q_batch = r.next(), a.q_head = r.next(), a.q_row = r.next();
+  a.k_batch = r.next(), a.k_head = r.next(), a.k_row = r.next();
+  a.batch = s.next(), a.heads = s.next(), a.kv_heads = s.next(), a.rows = s.next(), a.length = s.next();
+  a.dim = s.next(), a.window = s.next();
+  a.scale = scale, a.causal = causal, a.dtype = DType(dtype);
+  a.threads = team(threads, a.batch * a.heads * a.rows * a.length * a.dim / 16);  // about the bytes read in that time
+  return call(active->attention_columns, a);
+}
+
+int compact_rows(intptr_t storage, intptr_t ids, nb::tuple strides, nb::tuple sizes, int id_size, int threads) {
+  CompactArgs a{};
+  Reader r(strides), s(sizes);
+  a.storage = reinterpret_cast<void*>(storage), a.ids = reinterpret_cast<const void*>(ids);
+  a.s_batch = r.next(), a.s_head = r.next(), a.s_row = r.next(), a.row_bytes = r.next();
+  a.batch = s.next(), a.heads = s.next(), a.kept = s.next(), a.length = s.next();
+  a.id_size = id_size, a.threads = team(threads, a.batch * a.heads * a.kept * a.row_bytes);
+  return call(active->compact_rows, a);
+}
+
+int merge_rows(nb::tuple tensors, nb::tuple strides, nb::tuple sizes, bool keep_norm, int dtype, int threads) {
+  MergeArgs a{};
+  Reader t(tensors), r(strides), s(sizes);
+  a.data = t.pointer<void>(), a.scores = t.pointer<float>(), a.sources = t.pointer<int32_t>();
+  a.targets = t.pointer<int32_t>(), a.out = t.pointer<float>();
+  a.s_batch = r.next(), a.s_head = r.next(), a.s_row = r.next();
+  a.batch = s.next(), a.heads = s.next(), a.rows = s.next(), a.dim = s.next(), a.count = s.next();
+  a.keep_norm = keep_norm, a.dtype = DType(dtype);
+  a.threads = team(threads, a.batch * a.heads * (a.rows * 4 + a.count * a.dim * element_size(a.dtype)));
+  return call(active->merge_rows, a);
+}
+
 float read_all(intptr_t data, int64_t size, int threads) {
   nb::gil_scoped_release release;
   return active->read_all(reinterpret_cast<const float*>(data), size, threads);
@@ -300,6 +353,10 @@ NB_MODULE(_native, m) {
   m.def("label_attention", &label_attention);
   m.def("linear", &linear);
   m.def("read_all", &read_all);
+  m.def("attention_row", &attention_row);
+  m.def("attention_columns", &attention_columns);
+  m.def("compact_rows", &compact_rows);
+  m.def("merge_rows", &merge_rows);
   nb::class_<Prepared>(m, "Prepared")
       .def(nb::init<nb::tuple, nb::tuple, nb::tuple, int>())
       .def("set_labels", &Prepared::set_labels)

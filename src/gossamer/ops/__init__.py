@@ -2,11 +2,13 @@
 faster kernels."""
 
 from gossamer.ops._dispatch import available_backends, available_isas, set_isa, use_backend
+from gossamer.ops.compact_rows import compact_rows
 from gossamer.ops.decode_attention import decode_attention, merge_attention
 from gossamer.ops.label_attention import label_attention
 from gossamer.ops.labels import LabelCache, append_labels, label_scores
 from gossamer.ops.linear import linear
 from gossamer.ops.memory import advise_huge_pages
+from gossamer.ops.merge_rows import best_match, merge_rows
 from gossamer.ops.prepared import PreparedAttention, PreparedLabelAttention
 from gossamer.ops.select_topk import select_topk
 
@@ -18,11 +20,14 @@ __all__ = [
     "append_labels",
     "available_backends",
     "available_isas",
+    "best_match",
+    "compact_rows",
     "decode_attention",
     "label_attention",
     "label_scores",
     "linear",
     "merge_attention",
+    "merge_rows",
     "select_topk",
     "set_isa",
     "use_backend",
