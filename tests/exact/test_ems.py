@@ -531,6 +531,21 @@ def test_the_run_is_the_cards(run, sizes):
     assert (share > 0) is (method.tau < 1)
 
 
+@pytest.mark.parametrize("norms", ["separate", "averaged"])
+def test_the_cache_merges_in_place_what_the_building_block_says(norms):
+    stream = clustered()
+    with EMS(budget=16, window=6, tau=0.1, norms=norms, combine="global").attach(_model()) as handle:
+        stream.feed(handle, 40)
+    for i, kv in enumerate(stream.cache.layers):
+        query, key, value = (x[i, :, :, :40] for x in (stream.query, stream.key, stream.value))
+        score = attention_columns(query, key, scale=SCALE)[:, :, :34] / 2
+        choice, kept = evict_then_merge(key, value, score, budget=16, window=6, tau=0.1, norms=norms)
+        assert bool((choice.classes > 0).any())
+        assert torch.equal(kv.positions.long(), choice.ids)
+        torch.testing.assert_close(kv.keys, kept.key, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(kv.values, kept.value, atol=1e-5, rtol=1e-5)
+
+
 def test_padded_sequences_are_their_own_runs():
     """A budget in tokens means the same for every sequence; both are compressed at the same steps."""
     method, stream, sizes = EMS(budget=16, window=6, tau=0.1), clustered(), [40, *[1] * 24]

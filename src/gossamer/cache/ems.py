@@ -196,7 +196,9 @@ class MergingPolicy(EvictingPolicy):
         merged = int((choice.classes > 0).sum())
         if merged:
             for rows, keep_norm in zip(layer.rows(kv.length), (method.norms == "separate", False), strict=True):
-                weights, members, targets = (x.to(rows.device) for x in (choice.weights, choice.members, choice.targets()))
+                weights, members, targets = (
+                    x.to(rows.device) for x in (choice.weights, choice.members, choice.targets())
+                )
                 merge_rows(rows, weights, members, targets, keep_norm=keep_norm)
         layer.keep(choice.ids)
         self.candidates += int(choice.candidates.sum())

@@ -285,9 +285,7 @@ def choose_merges(
         values = [_pick(value, at) for at in (members, centers)]
         for first in range(0, most, _BLOCK):
             part = slice(first, first + _BLOCK)
-            alike = pair_similarity(
-                compared[0][:, :, part], values[0][:, :, part], compared[1], values[1], clamp=clamp
-            )
+            alike = pair_similarity(compared[0][:, :, part], values[0][:, :, part], compared[1], values[1], clamp=clamp)
             if real is not None:
                 alike.masked_fill_(~real.gather(-1, centers)[:, :, None], -2.0)
             classes[..., part] = zero_class(alike, tau)
