@@ -57,6 +57,7 @@ RUNS: dict[str, list[Run]] = {
         one("ems", budget=BUDGET, window=8, every=4, tau=2.0),
         one("ems", exact=16, budget=BUDGET, window=16, tau=0.3, mass=0.9, similarity="prerope"),
     ],
+    "sliding-window": [one("sliding-window", window=BUDGET - 4, sinks=4)],
     "tova": [one("tova", newest=False, budget=BUDGET)],
 }
 #: Methods that have no bounded setting, and why.

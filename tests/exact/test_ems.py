@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gossamer.attention import attach
 from gossamer.attention.quest import Quest
-from gossamer.cache.ems import EMS, last_rows
+from gossamer.cache.ems import EMS, RunningSums, last_rows
 from gossamer.cache.merging import (
     Rows,
     add_members,
@@ -656,6 +656,26 @@ def test_a_crop_within_what_was_kept_goes_on_as_if_nothing_had_been():
         kept.append(stream.cache.layers[0])
     assert torch.equal(kept[0].positions, kept[1].positions)
     assert torch.equal(kept[0].keys, kept[1].keys)
+
+
+def test_the_sums_can_be_taken_along():
+    """Another state, with what `tensors` gave for these sequences, goes on as the old one would have."""
+    kept = []
+    for moved in (False, True):
+        stream = clustered()
+        with EMS(budget=16, window=6, tau=0.1).attach(_model()) as handle:
+            stream.feed(handle, 40, 1, 1)
+            for kv in stream.cache.layers if moved else []:
+                view = kv.views[handle.runtime]
+                given, rows = view.cache_state.tensors(), view.cache_state.rows
+                assert {name: x.shape[0] for name, x in given.items()} == {"total": 2, "ring": 2}
+                view.cache_state = RunningSums()
+                view.cache_state.restore({name: x.clone() for name, x in given.items()}, rows)
+            stream.feed(handle, *[1] * 12)
+        kept.append(stream.cache.layers[0])
+    assert torch.equal(kept[0].positions, kept[1].positions)
+    assert torch.equal(kept[0].keys, kept[1].keys)
+    assert RunningSums().tensors() == {}
 
 
 def test_it_may_be_attached_to_a_cache_that_is_full():

@@ -78,7 +78,8 @@ class RunningSums(Derived):
     """Attention that each row of a cache layer received: from all queries, and from each of the last w.
 
     The query at position t has the line ``t mod w`` of `ring`, so that a token decoded again after a crop takes the place of
-    the one removed; what a removed query added to `total` stays. A changed batch (beam search) starts from 0.
+    the one removed; what a removed query added to `total` stays. `tensors` and `restore` let a cache take the sums along to
+    another batch (beam search) or to a file; a fresh state starts from 0.
     """
 
     total: Tensor | None = None  # float32 [batch, kv_heads, capacity]
@@ -114,6 +115,16 @@ class RunningSums(Derived):
         self.ring[:, :, line, :rows] = row
         self.rows = rows
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums of the rows that are there."""
+        if self.total is None or self.ring is None:
+            return {}
+        return {"total": self.total[..., : self.rows], "ring": self.ring[..., : self.rows]}
+
+    def restore(self, tensors: dict[str, Tensor], rows: int) -> None:
+        """Take back what `tensors` gave."""
+        self.store(tensors["total"], tensors["ring"], rows)
+
     @property
     def nbytes(self) -> int:
         """Bytes of both."""
@@ -126,6 +137,8 @@ class MergingPolicy(EvictingPolicy):
     def __init__(self, method: EMS, rotary: Rotary | None) -> None:
         super().__init__()
         self.method, self.rotary = method, rotary
+        #: Whether rows are changed, and not only dropped: they must then be stored as they are.
+        self.rewrites = method.tau <= 1 and (method.gamma > 0 or method.mass is not None)
         self.candidates = self.merged = 0
         self.sums: dict[int, int] = {}
 
@@ -226,8 +239,8 @@ class EMS(CacheMethod):
     sums, which is about ``window / (2 · head_dim)`` of keys and values in float32.
 
     ``every=0`` compresses prompts only, each scored by its own block, and lets generated tokens stay. Layers with a sliding
-    window keep their window. A rolled-back step must not have dropped rows, and a reordered batch (beam search) starts its
-    sums afresh. A prompt read in chunks is compressed after each.
+    window keep their window. A rolled-back step must not have dropped rows. A prompt read in chunks is compressed after
+    each.
 
     Settings marked [R] in the module's text are this library's reconstruction of an unavailable paper (arXiv 2412.08521).
 
