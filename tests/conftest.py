@@ -12,6 +12,14 @@ from gossamer.models import load, smollm2_file
 from gossamer.models import tiny_model as make_tiny_model
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked `long` take minutes: they run only where the marker is named."""
+    if "long" not in config.getoption("-m"):
+        for item in items:
+            if "long" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="takes minutes: name it with -m long"))
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> tuple[Any, Any]:
     """SmolLM2-135M-Instruct in fp32 and its tokenizer. Shared by the session: a test that changes it restores it."""

@@ -18,9 +18,9 @@ from gossamer.attention.tokenselect import (
     head_vote,
     max_pool,
 )
-from gossamer.attention.tokenselect_positions import Rotary
 from gossamer.errors import InputError, ModelError, RecipeError
 from gossamer.hf import GossamerCache, ModelShape, SelectingPolicy, model_shape
+from gossamer.hf.rotary import Rotary
 from gossamer.models import tiny_model
 from gossamer.registry import make
 from gossamer.testing import AttentionContract, Case, Stream

@@ -35,10 +35,11 @@ from torch import Tensor, nn
 
 from gossamer import ops
 from gossamer.attention.base import AttentionMethod
-from gossamer.attention.tokenselect_positions import PlainKeys, Rotary, take_rows, turn
+from gossamer.attention.tokenselect_positions import PlainKeys, take_rows
 from gossamer.calibration import Calibration
 from gossamer.hf import LayerView, ModelShape, PrefillPolicy, SelectingPolicy
 from gossamer.hf.attention import dense_attention
+from gossamer.hf.rotary import Rotary, turn
 from gossamer.patterns import resolve
 from gossamer.patterns.budget import check, parse
 from gossamer.registry import register
@@ -159,7 +160,7 @@ class TokenSelectPolicy(SelectingPolicy, PrefillPolicy):
     def __init__(self, method: TokenSelect, model: nn.Module) -> None:
         super().__init__(frozenset(method.dense_layers))
         self.method = method
-        self.rotary = Rotary(model) if method.positions == "packed" else None
+        self.rotary = Rotary(model, "tokenselect", "use positions='original'") if method.positions == "packed" else None
         self.lookups = self.hits = 0
         self.last: dict[int, tuple[Tensor, Tensor]] = {}
 

@@ -27,8 +27,8 @@ from transformers.masking_utils import flash_attention_mask, sdpa_mask
 from gossamer import ops
 from gossamer.errors import InputError, ModelError
 from gossamer.hf.cache import PARTS, Derived, KVLayer, adopt
-from gossamer.hf.policy import CachePolicy, DecodePolicy, PrefillPolicy, StoragePolicy
 from gossamer.hf.mixed_precision import MixedPrecisionKV
+from gossamer.hf.policy import CachePolicy, DecodePolicy, PrefillPolicy, StoragePolicy
 from gossamer.hf.quantized import QuantizedKVLayer
 from gossamer.hf.views import attention_views, base_model, model_shape
 
