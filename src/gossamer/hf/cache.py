@@ -8,7 +8,7 @@ writes one row, and capacity doubles when it runs out (an amortised O(1) copy pe
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,10 +37,17 @@ class Derived:
     """Something computed from a layer's first `rows` rows (labels, page bounds) that must follow its edits.
 
     A policy that keeps such state subclasses this and, before use, extends it from `rows` to the current length.
-    The layer lowers `rows` when it is cropped, and drops the state when its batch changes.
+    The layer lowers `rows` when it is cropped, and drops the state when its batch changes, unless `reorder` follows it.
     """
 
     rows: int = 0
+
+    def reorder(self, pick: Callable[[Tensor], Tensor]) -> bool:
+        """Follow a batch that is reordered, repeated or thinned out: `pick` maps a tensor ``[batch, …]`` to its new batch.
+
+        Returns whether it did (default: no; what can be computed again from the rows will be).
+        """
+        return False
 
 
 class KVLayer(CacheLayerMixin):
@@ -240,7 +247,11 @@ class KVLayer(CacheLayerMixin):
             self.key_storage, self.value_storage = pick(self.key_storage), pick(self.value_storage)
         self.row_positions = None if self.row_positions is None else pick(self.row_positions)
         self.starts = None if self.starts is None else pick(self.starts)
-        self.views.clear()  # shapes of derived state follow the batch: rebuild it
+        with torch.inference_mode(False):
+            for runtime, view in list(self.views.items()):
+                states = {id(s): s for s in (view.state, view.prefill_state, view.cache_state) if s is not None}
+                if not states or not all(isinstance(s, Derived) and s.reorder(pick) for s in states.values()):
+                    del self.views[runtime]  # shapes of derived state follow the batch: rebuild it
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Pick sequences for beam search."""
