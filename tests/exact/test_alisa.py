@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gossamer.attention.alisa import Alisa, attend_packed, choose, gather_rows, half_budget
+from gossamer.attention.alisa import Alisa
+from gossamer.attention.alisa_formulas import attend_packed, choose, gather_rows, half_budget
 from gossamer.attention.alisa_history import History, dense_rows, on_grid
 from gossamer.errors import InputError, RecipeError
 from gossamer.hf import AttentionRuntime, CachePolicy, LayerView
@@ -179,9 +180,8 @@ def test_ratio_one_is_dense(family: str) -> None:
     ids = torch.randint(1, 256, (2, 40), generator=torch.Generator().manual_seed(0))
     want = model(ids).logits
     with Alisa(ratio=1.0).attach(model):
-        out, logits = model(ids[:, :20], use_cache=True), []
-        for token in ids[:, 20:].split(1, 1):
-            logits.append(model(token, past_key_values=out.past_key_values).logits)
+        cache = model(ids[:, :20], use_cache=True).past_key_values
+        logits = [model(token, past_key_values=cache).logits for token in ids[:, 20:].split(1, 1)]
     torch.testing.assert_close(torch.cat(logits, 1), want[:, 20:], atol=1e-5, rtol=1e-5)
 
 
@@ -253,7 +253,9 @@ def test_a_planted_key_stays_while_it_is_looked_at_and_leaves_k_rows_later() -> 
 
 @given(st.integers(1, 3), st.sampled_from([(4, 2), (4, 4), (3, 1)]), st.booleans(), st.integers(0, 9))
 @settings(max_examples=30, deadline=None)
-def test_packed_attention_is_masked_dense_attention(batch: int, heads: tuple[int, int], per_head: bool, seed: int) -> None:
+def test_packed_attention_is_masked_dense_attention(
+    batch: int, heads: tuple[int, int], per_head: bool, seed: int
+) -> None:
     h, kv = heads
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(batch, h, 16, generator=generator)

@@ -23,7 +23,6 @@ dense in it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
@@ -31,8 +30,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from gossamer import ops
+from gossamer.attention.alisa_formulas import attend_packed, choose, gather_rows, half_budget
 from gossamer.attention.alisa_history import SLACK, History, dense_rows
+from gossamer.attention.alisa_schedule import AlisaPlan
 from gossamer.attention.base import AttentionMethod
 from gossamer.calibration import Calibration
 from gossamer.errors import RecipeError
@@ -41,84 +41,16 @@ from gossamer.hf.cache import Derived
 from gossamer.registry import register
 
 
-def half_budget(ratio: float, cached: int) -> int:
-    """k, the size of each half for `cached` tokens: ``⌊n·r/2 + 1/2⌋``.
-
-    >>> [half_budget(0.2, n) for n in (1, 4, 5, 64, 512)]
-    [0, 0, 1, 6, 51]
-    """
-    return math.floor(cached * ratio / 2 + 0.5)
-
-
-def choose(scores: Tensor, k: int, first: int, cached: int) -> Tensor:
-    """The attended tokens I of lines that all begin at row `first`, with the current token at row `cached`.
-
-    Args:
-        scores: ``[lines, ≥ cached]``, the local sums S.
-        k: size of each half; with 0, or where both halves cover everything, all tokens are taken.
-
-    Returns:
-        int32 ``[lines, m]``, ascending: I_g, I_l and the current token.
-
-    >>> choose(torch.tensor([[5.0, 1.0, 4.0, 9.0, 9.0]]), k=2, first=0, cached=5).tolist()
-    [[0, 2, 3, 4, 5]]
-    """
-    lines = scores.shape[0]
-    if k == 0 or 2 * k >= cached - first:
-        whole = torch.arange(first, cached + 1, dtype=torch.int32, device=scores.device)
-        return whole.expand(lines, -1)
-    best, _ = ops.select_topk(scores[:, None, first : cached - k].float(), k)
-    local = torch.arange(cached - k, cached + 1, dtype=torch.int32, device=scores.device)
-    return torch.cat([best[:, 0] + first, local.expand(lines, -1)], dim=1)
-
-
-def gather_rows(storage: Tensor, ids: Tensor) -> Tensor:
-    """Rows ``ids`` of a cache ``[batch, kv_heads, capacity, d]``, packed: ``[batch, kv_heads or heads, m, d]``.
-
-    Args:
-        ids: int ``[lines, m]``, one line for each sequence, or one for each (sequence, query head).
-    """
-    batch, kv_heads, capacity, dim = storage.shape
-    per_head = ids.shape[0] // batch
-    if batch == per_head == 1:
-        return storage[0].index_select(1, ids[0])[None]
-    heads = kv_heads if per_head == 1 else per_head
-    kv = torch.arange(heads, device=ids.device) // (heads // kv_heads)
-    base = (torch.arange(batch, device=ids.device)[:, None] * kv_heads + kv)[..., None] * capacity
-    flat = (base + ids.view(batch, per_head, -1)).flatten()
-    return storage.reshape(-1, dim).index_select(0, flat).view(batch, heads, -1, dim)
-
-
-def attend_packed(
-    query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scale: float, per_head: bool
-) -> tuple[Tensor, Tensor]:
-    """Attention over packed rows, and the weights it gave them.
-
-    Args:
-        query: ``[batch, heads, d]``; key, value: ``[batch, kv_heads or heads, m, d]``.
-        valid: bool ``[lines, m]``: which slots count (None: all).
-        per_head: whether each head has a line of its own, else their weights are summed.
-
-    Returns:
-        Output ``[batch, heads, d]`` and weights float32 ``[lines, m]``.
-    """
-    batch, heads, dim = query.shape
-    grouped = query.reshape(batch, key.shape[1], -1, dim)
-    logits = (grouped.float() * scale) @ key.float().transpose(2, 3)
-    if valid is not None:
-        logits = logits.masked_fill(~valid.view(batch, -1, 1, key.shape[2]), float("-inf"))
-        value = value.masked_fill(~valid.view(batch, -1, key.shape[2], 1), 0)  # an unused slot may hold anything
-    weights = logits.softmax(-1)
-    out = (weights @ value.float()).to(query.dtype).view(batch, heads, dim)
-    return out, weights.flatten(0, 2) if per_head else weights.sum((1, 2))
-
-
 class AlisaState(Derived):
-    """What one cache layer keeps: its history of attention rows."""
+    """What one cache layer keeps: its history of attention rows.
+
+    Attributes:
+        moved: tokens that are no longer in the layer's storage, because they went to another tier.
+    """
 
     def __init__(self) -> None:
         self.history: History | None = None
-        self.batch = 0
+        self.batch = self.moved = 0
 
     def reorder(self, pick: Callable[[Tensor], Tensor]) -> bool:
         """Take the rows of each sequence along."""
@@ -166,11 +98,15 @@ class SparseWindowPolicy(SelectingPolicy):
 
     def observe(self, layer: LayerView, query: Tensor) -> None:
         """Keep the last queries of the prompt."""
-        length = layer.kv.length
-        if not self.is_exempt(layer, length) and self.method.ratio < 1:
-            history = self.history(layer, query, length - query.shape[2])
-            history.read(query, length - query.shape[2], self.reach(length))
-            cast(AlisaState, layer.state).rows = length
+        state, length = cast(AlisaState, layer.state), layer.kv.length
+        if not self.is_exempt(layer, length) and self.remembers():
+            tokens = length + state.moved
+            self.history(layer, query, tokens - query.shape[2]).read(query, tokens - query.shape[2], self.reach(tokens))
+            state.rows = length
+
+    def remembers(self) -> bool:
+        """Whether a history is needed: not where everything is read at any length."""
+        return self.method.ratio < 1
 
     def history(self, layer: LayerView, query: Tensor, cached: int) -> History:
         """This layer's history with exactly `cached` rows.
@@ -179,13 +115,13 @@ class SparseWindowPolicy(SelectingPolicy):
             RecipeError: a cache method dropped rows, so that ids mean other tokens than the history's.
         """
         state = cast(AlisaState, layer.state)
-        if layer.kv.dropped:
+        if layer.kv.dropped != state.moved:
             raise RecipeError("alisa cannot run with a cache method that drops rows: choose one of the two")
         if state.history is None:
             state.history = History(self.lines(query), query.device)
             state.batch = query.shape[0]
         history = state.history
-        known = min(state.rows, cached)
+        known = min(state.rows + state.moved, cached)
         if known < history.end:
             history.rewind(known)
         if history.end < cached:
@@ -198,11 +134,11 @@ class SparseWindowPolicy(SelectingPolicy):
     def chosen(self, layer: LayerView, history: History, query: Tensor, cached: int) -> tuple[Tensor, Tensor | None]:
         """Ids int32 ``[lines, m]`` of the attended tokens; counts int32 ``[lines]`` where lines differ, else None."""
         heads = history.lines // query.shape[0]
-        starts = [0] * query.shape[0] if layer.starts is None else [int(s) for s in layer.starts]
+        starts = self.starts(layer, query.shape[0])
 
         def make(queries: Tensor, first: int, last: int) -> Tensor:
             key, _ = layer.rows(last)
-            padding = None if layer.starts is None else starts
+            padding = starts if any(starts) else None
             return dense_rows(queries, key.to(query.device), first, layer.scale, padding, heads > 1)
 
         history.make = make
@@ -224,6 +160,10 @@ class SparseWindowPolicy(SelectingPolicy):
             counts[at] = part.shape[1]
         return ids, counts
 
+    def starts(self, layer: LayerView, batch: int) -> list[int]:
+        """First real token of each sequence."""
+        return [0] * batch if layer.starts is None else [int(s) for s in layer.starts]
+
     def select(self, layer: LayerView, query: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """The rows that `decode` would attend, the same for all heads of a layer unless heads decide alone."""
         history = self.history(layer, query, length - 1)
@@ -242,7 +182,7 @@ class SparseWindowPolicy(SelectingPolicy):
 
     def decode(self, layer: LayerView, query: Tensor, length: int) -> Tensor:
         """Choose from the rows before, attend, and remember this row."""
-        if self.is_dense(layer, length) and (self.is_exempt(layer, length) or self.method.ratio == 1):
+        if self.is_dense(layer, length) and (self.is_exempt(layer, length) or not self.remembers()):
             return layer.dense_decode(query, length)
         history = self.history(layer, query, length - 1)
         ids, counts = self.chosen(layer, history, query, length - 1)
@@ -288,10 +228,49 @@ class Alisa(AttentionMethod):
     history_rows: int | None = Field(None, ge=1, description="attention rows that are summed (default: k, which grows)")
     head_reduce: bool = Field(True, description="one set for all heads of a layer; false: each query head has its own")
     dense_layers: tuple[int, ...] = Field((), description="layers that read everything")
+    offload: Literal["none", "file", "host"] = Field(
+        "none", description="slow tier for old tokens: none, a memory-mapped file, or pinned host memory"
+    )
+    offload_folder: str | None = Field(None, description="folder of the file (default: the system's temporary folder)")
+    plan: AlisaPlan | None = Field(None, description="offload: the schedule, from `alisa_plan`")
+    fast_tokens: int | None = Field(None, ge=1, description="offload without a plan: tokens kept in fast memory")
+    kv_bits: Literal[4, 8] | None = Field(
+        None, description="offload without a plan: bits of a value in the slow tier (default: the model's own)"
+    )
+    block: int = Field(64, ge=1, description="offload without a plan: tokens that move together")
+
+    @model_validator(mode="after")
+    def _check_tiers(self) -> Alisa:
+        if self.offload == "none" and any(x is not None for x in (self.plan, self.fast_tokens, self.kv_bits)):
+            raise ValueError("plan, fast_tokens and kv_bits are about a slow tier: set offload to 'file' or 'host'")
+        if self.offload != "none":
+            if (self.plan is None) == (self.fast_tokens is None):
+                raise ValueError("offload needs either a plan (see alisa_plan) or fast_tokens")
+            if self.plan is not None and self.kv_bits is not None:
+                raise ValueError("kv_bits is part of the plan: give it to alisa_plan")
+            if self.plan is not None and self.plan.ratio != self.ratio:
+                raise ValueError(f"the plan was made for ratio={self.plan.ratio:g}")
+            if not self.head_reduce:
+                raise ValueError("offload needs one set for all heads (head_reduce=True)")
+        return self
 
     def decode_policy(self, model: nn.Module, calibration: Calibration | None) -> SparseWindowPolicy:
-        """A policy with an empty history."""
-        return SparseWindowPolicy(self)
+        """A policy with an empty history.
+
+        Raises:
+            InputError: the plan was made for another model.
+            ModelError: the plan deletes tokens, and this family's keys can't be computed again.
+        """
+        if self.offload == "none":
+            return SparseWindowPolicy(self)
+        from gossamer.attention.alisa_tiers import TieredPolicy  # it builds on this file
+
+        return TieredPolicy(self, model)
+
+    def policies(self, model: nn.Module, calibration: Calibration | None) -> dict[str, Any]:
+        """With a slow tier, blocks of tokens are read by the same policy, which knows where older rows lie."""
+        policy = self.decode_policy(model, calibration)
+        return {"decode": policy} if self.offload == "none" else {"decode": policy, "prefill": policy}
 
     def io_bytes(self, length: int, shape: ModelShape, element_size: int) -> dict[str, int]:
         """2k + 1 rows once per KV head (or query head), and the local sums."""

@@ -274,9 +274,11 @@ class History:
         self._block = None
         for d in self.dense:
             if d.rows is None:
-                d.rows = put(torch.cat(
-                    [torch.nn.functional.pad(p, (0, d.end - p.shape[2])) for p in self._dense(d, d.first, d.end)], 1
-                ))
+                d.rows = put(
+                    torch.cat(
+                        [torch.nn.functional.pad(p, (0, d.end - p.shape[2])) for p in self._dense(d, d.first, d.end)], 1
+                    )
+                )
                 d.queries = None
         self._block = None
 
