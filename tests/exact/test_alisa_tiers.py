@@ -24,12 +24,11 @@ from gossamer.attention.alisa_schedule import (
     simulate,
     total_seconds,
 )
-from gossamer.attention.alisa_tiers import Store, TieredPolicy
-from gossamer.errors import InputError, ModelError, OutputError, RecipeError
-from gossamer.hf import AttentionRuntime
+from gossamer.attention.alisa_tiers import Store
+from gossamer.errors import InputError, ModelError, OutputError
 from gossamer.hf.cache import allocate_near
 from gossamer.models import tiny_model
-from gossamer.testing import AttentionContract, Case
+from gossamer.testing import AttentionContract, Case, Stream
 
 PROMPT, NEW = 60, 60
 
@@ -177,10 +176,11 @@ def test_recomputation_pays_off_only_on_a_slow_link() -> None:
 
 
 def test_quantised_rows_are_smaller_and_their_scales_need_room() -> None:
-    plain, small = plan_of(bandwidth=1e5, block=16), plan_of(bandwidth=1e5, block=16, kv_bits=8)
+    how: dict[str, Any] = {"bandwidth": 1e5, "block": 16, "profile": table(again=1.0)}
+    plain, small = plan_of(**how), plan_of(**how, kv_bits=8)
     assert small.slow_bytes == plain.token_bytes / 2
     assert total_seconds(small) < total_seconds(plain)
-    assert small.alpha > plain.alpha or small.beta < plain.beta
+    assert small.alpha > plain.alpha
 
 
 def test_tables() -> None:
@@ -295,7 +295,7 @@ def test_slow_and_deleted_rows_give_the_logits_of_the_fast_ones(family: str, off
     assert len(tiered) == (1 if family == "gemma3" else 4)  # windowed layers stay fast
     for state in tiered:
         assert (state.deleted, state.moved) == schedule(model).tiers(PROMPT + NEW)
-    assert report["rows_moved_out"] and report["rows_loaded"] and report["rows_recomputed"]
+    assert min(report["rows_moved_out"], report["rows_loaded"], report["rows_recomputed"]) > 0
 
 
 @pytest.mark.parametrize("dense", [(), (0, 2)])
@@ -351,7 +351,7 @@ def test_quantised_rows_are_near(bits: Any) -> None:
     torch.testing.assert_close(far[:, : PROMPT + 1], before, atol=1e-5, rtol=1e-5)
     assert states[0].key.storage.dtype is torch.uint8
     assert report["bytes_between_tiers"] < exact["bytes_between_tiers"] * bits / 32 * 1.2
-    difference = (far.log_softmax(-1) - near.log_softmax(-1)).abs().median()
+    difference = (far.log_softmax(-1) - near.log_softmax(-1))[:, PROMPT + 1 :].abs().median()
     assert 0 < difference < (0.05 if bits == 8 else 0.6)
 
 
@@ -359,10 +359,10 @@ def test_left_padding_chunks_and_turns_over_all_tiers() -> None:
     model, ids, mask = model_of(), tokens_of(), torch.ones(2, PROMPT + NEW, dtype=torch.long)
     mask[1, :23] = 0
     sizes = [30, 30, *[1] * 25, 12, *[1] * 15, 1, 3, *[1] * 4]  # a prompt in two parts, two later turns
-    for given in (None, mask):
-        near, _ = run(model, ids, sizes, given, ratio=0.4)
-        far, _ = run(model, ids, sizes, given, ratio=0.4, offload="host", plan=schedule(model, ratio=0.4))
-        start = 23 if given is not None else 0
+    for padding in (None, mask):
+        near, _ = run(model, ids, sizes, padding, ratio=0.4)
+        far, _ = run(model, ids, sizes, padding, ratio=0.4, offload="host", plan=schedule(model, ratio=0.4))
+        start = 23 if padding is not None else 0
         torch.testing.assert_close(far[:, start:], near[:, start:], atol=1e-5, rtol=1e-5)
 
 
@@ -378,7 +378,7 @@ def test_known_tokens_in_a_block_wait_with_their_moves_and_can_be_rolled_back() 
         for _ in range(2):
             with handle.runtime.teacher_forcing():
                 got = model(ids[:, PROMPT + 25 :], past_key_values=cache).logits
-            torch.testing.assert_close(got, want[:, PROMPT + 25 :], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(got, want[:, PROMPT + 25 :], atol=5e-5, rtol=1e-4)  # other GEMM shapes
             assert moved == [cache.layers[i].views[handle.runtime].state.moved for i in range(4)]
             cache.crop(-(NEW - 25))
 
@@ -399,7 +399,7 @@ def test_ratio_one_reads_every_tier() -> None:
     model, ids = model_of(), tokens_of()
     want = model(ids).logits
     far, _ = run(model, ids, STEPS, ratio=1.0, offload="host", plan=schedule(model, ratio=1.0))
-    torch.testing.assert_close(far, want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(far, want, atol=5e-5, rtol=1e-4)  # one forward against many
 
 
 def test_a_model_with_a_fused_projection_offloads_but_does_not_recompute() -> None:
@@ -479,3 +479,13 @@ class TestTieredAlisa(AttentionContract):
             forgetful=False,
         ),
     )
+
+    def test_inputs_and_weights_are_untouched(self, case: Case) -> None:
+        """Rows leave the layer's storage; those that stay are bit-equal."""
+        stream = Stream()
+        with self.attach(case) as handle:
+            stream.feed(handle, 40, *[1] * 24)
+        for i, layer in enumerate(stream.cache.layers):
+            assert layer.dropped == 16
+            assert torch.equal(layer.keys, stream.key[i][:, :, 16:])
+            assert torch.equal(layer.values, stream.value[i][:, :, 16:])

@@ -182,7 +182,7 @@ class SparseWindowPolicy(SelectingPolicy):
 
     def decode(self, layer: LayerView, query: Tensor, length: int) -> Tensor:
         """Choose from the rows before, attend, and remember this row."""
-        if self.is_dense(layer, length) and (self.is_exempt(layer, length) or not self.remembers()):
+        if (self.is_exempt(layer, length) or not self.remembers()) and self.is_dense(layer, length):
             return layer.dense_decode(query, length)
         history = self.history(layer, query, length - 1)
         ids, counts = self.chosen(layer, history, query, length - 1)

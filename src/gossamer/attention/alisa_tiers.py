@@ -291,9 +291,12 @@ class TieredPolicy(SparseWindowPolicy, PrefillPolicy):
         gone, old = (ids < state.deleted) & counts, (ids < state.moved) & counts
         ends = torch.stack([gone.sum(1), old.sum(1), counts.sum(1)])
         low, high = ends.amin(1).tolist(), ends.amax(1).tolist()
-        pieces = ((0, high[0]), (low[0], high[1]), (low[1], max(high[2], 1)))
         masks = (gone, old & ~gone, counts & ~old)
-        return tuple((ids[:, a:b], mask[:, a:b]) for (a, b), mask in zip(pieces, masks, strict=True))
+        pieces = []
+        for (a, b), mask in zip(((0, high[0]), (low[0], high[1]), (low[1], high[2])), masks, strict=True):
+            b = b if bool(mask[:, a:b].any()) else a  # sequences may differ in where nothing is
+            pieces.append((ids[:, a:b], mask[:, a:b]))
+        return tuple(pieces)
 
     def _load(self, layer: LayerView, ids: Tensor, valid: Tensor | None, device: torch.device) -> tuple[Any, Any, Any]:
         """Inputs of the selected deleted tokens and rows of the slow ones, brought near; safe on another thread."""

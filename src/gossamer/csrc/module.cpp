@@ -128,6 +128,21 @@ int decode_attention(nb::tuple tensors, nb::tuple optional, nb::tuple strides, n
   return call(active->decode_attention, a);
 }
 
+// As decode_attention with listed rows, and the weight that each of them received.
+int decode_attention_weights(nb::tuple tensors, nb::tuple optional, nb::tuple strides, nb::tuple sizes,
+                             nb::tuple selection, float scale, int dtype, int threads) {
+  AttentionArgs a{};
+  Reader t(tensors), o(optional), s(selection);
+  a.query = t.pointer<void>(), a.key = t.pointer<void>(), a.value = t.pointer<void>();
+  a.out = t.pointer<void>(), a.weights = t.pointer<float>();
+  a.indices = o.pointer<int32_t>(), a.counts = o.pointer<int32_t>();
+  read_strides(Reader(strides), a);
+  read_sizes(Reader(sizes), a);
+  a.select_heads = s.next(), a.k = s.next();
+  a.scale = scale, a.dtype = DType(dtype), a.threads = team(threads, row_bytes(a, true));
+  return call(active->decode_attention, a);
+}
+
 int append_labels(nb::tuple cache, nb::tuple description, nb::tuple tensors, nb::tuple strides, nb::tuple sizes,
                   int dtype, int threads) {
   AppendArgs a{};
@@ -294,6 +309,7 @@ NB_MODULE(_native, m) {
   });
   m.def("set_isa", &set_isa);
   m.def("decode_attention", &decode_attention);
+  m.def("decode_attention_weights", &decode_attention_weights);
   m.def("append_labels", &append_labels);
   m.def("label_scores", &label_scores);
   m.def("select_topk", &select_topk);
