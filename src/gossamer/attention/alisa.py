@@ -30,7 +30,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from gossamer.attention.alisa_formulas import attend_packed, choose, gather_rows, half_budget
+from gossamer.attention.alisa_formulas import choose, half_budget
 from gossamer.attention.alisa_history import SLACK, History, dense_rows
 from gossamer.attention.alisa_schedule import AlisaPlan
 from gossamer.attention.base import AttentionMethod
@@ -195,16 +195,10 @@ class SparseWindowPolicy(SelectingPolicy):
         self, layer: LayerView, query: Tensor, length: int, ids: Tensor, counts: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Output ``[batch, heads, d]`` and weights float32 ``[lines, m]`` of the rows `ids`."""
-        key, value = layer.rows(length)
-        valid = None
-        if counts is not None:
-            valid = torch.arange(ids.shape[1], device=ids.device) < counts[:, None]
-        per_head = not self.method.head_reduce
-        out, weights = attend_packed(
-            query, gather_rows(key, ids), gather_rows(value, ids), valid, layer.scale, per_head
-        )
-        layer.count_selected(*self.listed(layer, ids, counts), length, self.score_bytes(layer, length))
-        return out, weights
+        indices, used = self.listed(layer, ids, counts)
+        out, weights, rows = layer.attention().weighted(query, length, indices, used, scale=layer.scale)
+        layer.count_selected(indices, used, length, self.score_bytes(layer, length), rows)
+        return out, weights.sum(1) if self.method.head_reduce else weights.flatten(0, 1)
 
     def score_bytes(self, layer: LayerView, length: int) -> int:
         """The sums, in float64."""

@@ -241,6 +241,20 @@ class Prepared {
     return status ? -status : a.indices ? total(a.counts, a.batch * select_heads) : 0;
   }
 
+  // Listed rows, and the weight [B,H,k] of each. Returns how many were listed, or minus a status.
+  int64_t attend_weights(intptr_t query, int64_t q_batch, int64_t q_head, int64_t heads, intptr_t out, intptr_t weights,
+                         int32_t length, intptr_t indices, intptr_t counts, int64_t select_heads, int64_t k, float scale,
+                         int threads) const {
+    AttentionArgs a = a_;
+    set(a, query, q_batch, q_head, heads, out, 0, length, scale);
+    a.weights = reinterpret_cast<float*>(weights);
+    a.indices = reinterpret_cast<const int32_t*>(indices), a.counts = reinterpret_cast<const int32_t*>(counts);
+    a.select_heads = select_heads, a.k = k;
+    a.threads = team(threads, row_bytes(a, true));
+    const int status = call(active->decode_attention, a);
+    return status ? -status : total(a.counts, a.batch * select_heads);
+  }
+
   // Writes the labels of rows [from, to), then scores, selects and attends. Returns how many rows were attended,
   // over all selections, or minus a status.
   int64_t attend_labels(intptr_t query, int64_t q_batch, int64_t q_head, int64_t heads, intptr_t out, intptr_t starts,
@@ -320,5 +334,6 @@ NB_MODULE(_native, m) {
       .def(nb::init<nb::tuple, nb::tuple, nb::tuple, int>())
       .def("set_labels", &Prepared::set_labels)
       .def("attend", &Prepared::attend)
+      .def("attend_weights", &Prepared::attend_weights)
       .def("attend_labels", &Prepared::attend_labels);
 }

@@ -2,6 +2,7 @@
 faster kernels."""
 
 from gossamer.ops._dispatch import available_backends, available_isas, set_isa, use_backend
+from gossamer.ops.attention_weights import attention_weights
 from gossamer.ops.decode_attention import decode_attention, merge_attention
 from gossamer.ops.label_attention import label_attention
 from gossamer.ops.labels import LabelCache, append_labels, label_scores
@@ -16,6 +17,7 @@ __all__ = [
     "PreparedLabelAttention",
     "advise_huge_pages",
     "append_labels",
+    "attention_weights",
     "available_backends",
     "available_isas",
     "decode_attention",

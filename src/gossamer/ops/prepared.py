@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gossamer.ops import _checks, _dispatch
 from gossamer.ops._dispatch import DTYPE_CODES, native
+from gossamer.ops.attention_weights import attention_weights
 from gossamer.ops.decode_attention import decode_attention
 from gossamer.ops.label_attention import Selection, label_attention
 from gossamer.ops.labels import REDUCE_CODES, LabelCache, Reduce, _native_cache, append_labels, native_takes
@@ -103,21 +104,60 @@ class PreparedAttention:
         The output, and how many rows were read: the sum of the counts.
         """
         shape = indices.shape
-        if (
-            not self._takes(query, length, starts)
-            or indices.dtype is not torch.int32
-            or counts.dtype is not torch.int32
-            or not (indices.is_cpu and counts.is_cpu and indices.is_contiguous() and counts.is_contiguous())
-            or len(shape) != 3
-            or shape[0] != self.batch
-            or shape[1] not in (query.shape[1], self.kv_heads)
-            or not shape[2]
-            or counts.shape != shape[:2]
-        ):
+        if not self._takes(query, length, starts) or not self._lists(query, indices, counts):
             key, value = self.rows(length, query.device)
             out = decode_attention(query, key, value, indices=indices, counts=counts, starts=starts, scale=scale)
             return out, int(counts.sum())
         return self._attend(query, length, scale, starts, (indices.data_ptr(), counts.data_ptr(), *shape[1:]))
+
+    def weighted(
+        self, query: Tensor, length: int, indices: Tensor, counts: Tensor, *, scale: float
+    ) -> tuple[Tensor, Tensor, int]:
+        """Attend listed rows as :func:`~gossamer.ops.attention_weights.attention_weights` does.
+
+        Returns
+        -------
+        The output, the weights float32 [B, H, k], and how many rows were read: the sum of the counts.
+        """
+        if not self._takes(query, length, None) or not self._lists(query, indices, counts):
+            out, weights = attention_weights(query, *self.rows(length, query.device), indices, counts, scale=scale)
+            return out, weights, int(counts.sum())
+        query = _checks.row_major(query)
+        out = torch.empty(query.shape, dtype=self.dtype)
+        weights = torch.empty((*query.shape[:2], indices.shape[2]), dtype=torch.float32)
+        read = self._native.attend_weights(
+            query.data_ptr(),
+            *query.stride()[:2],
+            query.shape[1],
+            out.data_ptr(),
+            weights.data_ptr(),
+            length,
+            indices.data_ptr(),
+            counts.data_ptr(),
+            *indices.shape[1:],
+            scale,
+            torch.get_num_threads(),
+        )
+        if read < 0:
+            _checks.raise_status("attention_weights", -read)
+        return out, weights, read
+
+    def _lists(self, query: Tensor, indices: Tensor, counts: Tensor) -> bool:
+        """Whether the shortcut takes these lists."""
+        shape = indices.shape
+        return (
+            indices.dtype is torch.int32
+            and counts.dtype is torch.int32
+            and indices.is_cpu
+            and counts.is_cpu
+            and indices.is_contiguous()
+            and counts.is_contiguous()
+            and len(shape) == 3
+            and shape[0] == self.batch
+            and shape[1] in (query.shape[1], self.kv_heads)
+            and shape[2] > 0
+            and counts.shape == shape[:2]
+        )
 
     def _attend(
         self, query: Tensor, length: int, scale: float, starts: Tensor | None, chosen: tuple[int, ...]
