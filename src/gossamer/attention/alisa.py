@@ -85,8 +85,7 @@ class SparseWindowPolicy(SelectingPolicy):
 
     def reach(self, cached: int) -> int:
         """Rows that are kept: the window, and some behind it for a rollback."""
-        rows = self.window(cached)
-        return rows + max(SLACK, rows // 2)
+        return self.window(cached) + SLACK
 
     def is_exempt(self, layer: LayerView, length: int) -> bool:
         """Whether this layer reads everything at this length, and will at any later one."""

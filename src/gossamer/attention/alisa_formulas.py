@@ -38,7 +38,7 @@ def choose(scores: Tensor, k: int, first: int, cached: int) -> Tensor:
         return whole.expand(lines, -1)
     best, _ = ops.select_topk(scores[:, None, first : cached - k].float(), k)
     local = torch.arange(cached - k, cached + 1, dtype=torch.int32, device=scores.device)
-    return torch.cat([best[:, 0] + first, local.expand(lines, -1)], dim=1)
+    return torch.cat([best[:, 0] + first if first else best[:, 0], local.expand(lines, -1)], dim=1)
 
 
 def gather_rows(storage: Tensor, ids: Tensor) -> Tensor:

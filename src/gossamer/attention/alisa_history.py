@@ -23,7 +23,7 @@ from torch import Tensor
 
 _GRID = float(1 << 30)
 _BLOCK = 32  # dense rows that are worked out together
-SLACK = 64  # rows kept at least behind the window, so that a rollback finds them
+SLACK = 128  # rows kept at least behind the window, so that a rollback finds them
 
 
 def on_grid(weights: Tensor) -> Tensor:
@@ -47,13 +47,14 @@ def dense_rows(
     batch, heads, rows, dim = query.shape
     grouped = query.reshape(batch, key.shape[1], -1, dim).float() * scale
     logits = (grouped @ key.float().transpose(2, 3)).view(batch, heads, rows, -1)
-    column = torch.arange(first + rows, device=query.device)
-    at = torch.arange(first, first + rows, device=query.device)[:, None]
-    hidden = column > at
+    later = torch.ones(rows, rows, dtype=torch.bool, device=query.device).triu_(1)
+    logits[..., first:].masked_fill_(later, float("-inf"))  # only their own columns can be too late
     if starts is not None:
+        column = torch.arange(first + rows, device=query.device)
+        at = torch.arange(first, first + rows, device=query.device)[:, None]
         low = torch.tensor(starts, device=query.device)[:, None, None, None]
-        hidden = (hidden | (column < low)) & (column != at)
-    weights = logits.masked_fill_(hidden, float("-inf")).softmax(-1)
+        logits.masked_fill_((column < low) & (column != at), float("-inf"))
+    weights = logits.softmax(-1)
     return on_grid(weights.flatten(0, 1) if per_head else weights.sum(1))
 
 
@@ -160,14 +161,14 @@ class History:
         self.known = max(self.known, self.end - ring)
 
     def _grow_columns(self, columns: int) -> None:
-        fresh = self._new(self.lines, max(256, columns + columns // 4), dtype=torch.float64)
+        fresh = self._new(self.lines, max(256, columns + columns // 8), dtype=torch.float64)
         fresh[:, : self.sums.shape[1]] = self.sums
         self.sums = fresh
 
     def _grow_ring(self, rows: int, width: int) -> None:
         old_ring, old_width = self.ids.shape[1:]
-        ring = max(old_ring, rows + rows // 4)
-        wide = old_width if width <= old_width else width + width // 4
+        ring = max(old_ring, rows + rows // 8)
+        wide = old_width if width <= old_width else width + width // 8
         ids = self._new(self.lines, ring, wide, dtype=torch.int32)
         weights = self._new(self.lines, ring, wide, dtype=torch.float32)
         if old_ring:
@@ -221,7 +222,7 @@ class History:
             sign = ((row >= new) & (row < old)).double() - ((row >= old) & (row < new)).double()
             self._add(begin, stop, sign.to(self.device))
         self.low = low
-        needed = min(low) - max(SLACK, (self.end - min(low)) // 2)
+        needed = min(low) - SLACK
         if self.dense and self.dense[0].end <= needed:
             self.known = max(self.known, self.dense[0].end)
             self.dense.pop(0)
@@ -233,6 +234,11 @@ class History:
             return sign if isinstance(sign, float) else sign[:, a - begin : b - begin, None]
 
         at = begin
+        if stop - begin == 1 and isinstance(sign, float) and not self.dense:  # what most steps do
+            slot = at % self.ids.shape[1]
+            weights = self.weights[:, slot].double()
+            self.sums.scatter_add_(1, self.ids[:, slot].long(), weights if sign > 0 else weights.neg_())
+            return
         while at < stop:
             inside = next((d for d in self.dense if d.first <= at < d.end), None)
             if inside is not None:
