@@ -33,6 +33,7 @@ class TestAlisa(AttentionContract):
     cases = (
         _case(),
         _case(history_rows=2),
+        _case(prompt_rows="stored"),
         _case(head_reduce=False),
         _case(ratio=0.4, dense_layers=(0,)),
     )
@@ -169,6 +170,28 @@ def test_going_back_and_forth_leaves_no_trace(moves: list[int], seed: int) -> No
     for ids, weights in entries[end - k : end]:
         want.scatter_add_(1, ids.long(), on_grid(weights).double())
     assert torch.equal(history.sums, want)
+
+
+def test_stored_prompt_rows_choose_what_recomputed_ones_choose() -> None:
+    """But for what half precision blurs; what was rounded in is rounded out, so nothing is left when they are gone."""
+    sets = []
+    for how in ("recomputed", "stored"):
+        with (
+            Alisa(ratio=0.5, prompt_rows=how).attach(tiny_model("qwen2")) as handle,
+            handle.runtime.recording() as trace,
+        ):
+            stream = Stream(batch=1, length=160)
+            stream.feed(handle, 100, *[1] * 60)
+            history = stream.cache.layers[0].views[handle.runtime].state.history
+        sets.append([set(ids[0, 0].tolist()) for *_, ids, _ in trace])
+    assert min(history.low) > 100
+    total = torch.zeros_like(history.sums)
+    for row in range(history.low[0], history.end):
+        slot = row % history.ids.shape[1]
+        total.scatter_add_(1, history.ids[:, slot].long(), history.weights[:, slot].double())
+    assert torch.equal(total, history.sums)
+    overlap = [len(a & b) / len(a) for a, b in zip(*sets, strict=True)]
+    assert sum(overlap) / len(overlap) > 0.97
 
 
 # -- 1: what equals dense ---------------------------------------------------------------------------------------------

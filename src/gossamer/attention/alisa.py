@@ -141,6 +141,8 @@ class SparseWindowPolicy(SelectingPolicy):
             return dense_rows(queries, key.to(query.device), first, layer.scale, padding, heads > 1)
 
         history.make = make
+        if self.method.prompt_rows == "stored":
+            history.materialise(lambda rows: rows, torch.float16)
         history.window([cached - self.window(cached - s) for s in starts for _ in range(heads)])
         groups = sorted(set(starts))
         picked = []
@@ -209,7 +211,9 @@ class Alisa(AttentionMethod):
     """Attend to the most recent tokens and to those that the last queries looked at; nothing is evicted.
 
     For long generations where the KV cache outgrows fast memory: a step reads a fraction `ratio` of the tokens, the same for
-    all heads of a layer. The history costs about ``8·k·2k`` bytes a layer and sequence (k is half of the tokens read).
+    all heads of a layer. The history costs about ``8·k·2k`` bytes a layer and sequence (k is half of the tokens read), as much
+    as the fp32 keys and values of a small model. After a prompt of n tokens its last k rows leave one by one: working them
+    out again costs about a dense step each, keeping them ``2·k·n`` bytes (`prompt_rows`).
 
     Paper: ALISA: Accelerating Large Language Model Inference via Sparsity-Aware KV Caching, ISCA 2024.
 
@@ -219,6 +223,10 @@ class Alisa(AttentionMethod):
 
     ratio: float = Field(0.2, gt=0, le=1, description="r, KV caching ratio: share of the cached tokens attended")
     history_rows: int | None = Field(None, ge=1, description="attention rows that are summed (default: k, which grows)")
+    prompt_rows: Literal["recomputed", "stored"] = Field(
+        "recomputed",
+        description="a prompt's rows, as they leave the window: worked out again from its queries, or kept in half precision",
+    )
     head_reduce: bool = Field(True, description="one set for all heads of a layer; false: each query head has its own")
     dense_layers: tuple[int, ...] = Field((), description="layers that read everything")
     offload: Literal["none", "file", "host"] = Field(

@@ -275,18 +275,16 @@ class History:
 
     # -- what moves with the cache ------------------------------------------------------------------------------------
 
-    def materialise(self, put: Callable[[Tensor], Tensor]) -> None:
-        """Keep the prompt's rows instead of its queries, since the keys are about to move; `put` stores them somewhere."""
-        self._block = None
+    def materialise(self, put: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> None:
+        """Keep the prompt's rows instead of its queries, where the keys are about to move or working rows out again costs
+        too much; `put` stores them somewhere. Rows of a lower precision count as they are stored, at the start and the end.
+        """
         for d in self.dense:
             if d.rows is None:
-                d.rows = put(
-                    torch.cat(
-                        [torch.nn.functional.pad(p, (0, d.end - p.shape[2])) for p in self._dense(d, d.first, d.end)], 1
-                    )
-                )
-                d.queries = None
-        self._block = None
+                self._block = None
+                pieces = (p.to(dtype or p.dtype) for p in self._dense(d, d.first, d.end))
+                d.rows = put(torch.cat([torch.nn.functional.pad(p, (0, d.end - p.shape[2])) for p in pieces], 1))
+                d.queries = self._block = None
 
     def reorder(self, pick: Callable[[Tensor], Tensor], batch: int) -> None:
         """Follow a batch of `batch` sequences that is reordered, repeated or thinned out."""
