@@ -4,6 +4,7 @@ Importing this package registers them; a new one is a file here and a line below
 """
 
 from gossamer.attention import (
+    alisa,
     controls,
     double_sparsity,
     hip_attention,
@@ -19,6 +20,7 @@ from gossamer.attention.base import AttentionHandle, AttentionMethod, attach
 __all__ = [
     "AttentionHandle",
     "AttentionMethod",
+    "alisa",
     "attach",
     "controls",
     "double_sparsity",

@@ -324,7 +324,17 @@ class Pieces {
     } else {
       for (int64_t c = 0; c < a.dim; ++c) from_float(0.0f, out + c);
     }
+    if (a.weights) to_weights(a.weights + (b * a.heads + head) * a.k, end - begin, peak, sum);
     if (a.lse) a.lse[b * a.heads + head] = sum > 0.0f || sum != sum ? peak + __builtin_logf(sum) : -kInf;
+  }
+
+  // Scaled logits of `count` rows as shares of the whole; nothing behind them.
+  void to_weights(float* line, int64_t count, float peak, float sum) const {
+    const float base = peak == -kInf ? 0.0f : peak, share = sum > 0.0f || sum != sum ? 1.0f / sum : 0.0f;
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) store(line + i, vexp(load(line + i) - base) * share);
+    for (; i < count; ++i) line[i] = vexp(splat(line[i] - base))[0] * share;
+    for (; i < a.k; ++i) line[i] = 0.0f;
   }
 
   int64_t* first_row;  // [groups + 1], where each group begins on the line
@@ -392,9 +402,11 @@ class Attention : public Pieces<T, Attention<T>> {
       const int64_t next = imin(block_rows, to - from);
       if (next && !fill(group, from, next, key, value, next_keys, next_values)) return void(this->status = kBadIndex);
       for (int64_t i = imax(next, 0); i < count; ++i) next_keys[i] = keys[i];
+      float* saved = a.weights ? a.weights + (b * a.heads + head * group_heads) * a.k + from - count : nullptr;
       for (int64_t g = 0; g < group_heads; g += kMaxHeads) {
         const QueryHeads<T> heads{q + g * stride, raw + g * a.q_head, stride, a.q_head};
-        Block block{keys, values, next_keys, count, part + g, out + g * stride, logits + thread * kMaxHeads * kBlock, g == 0};
+        Block block{keys, values, next_keys, count, part + g, out + g * stride, logits + thread * kMaxHeads * kBlock,
+                    saved ? saved + g * a.k : nullptr, g == 0};
         switch (imin(kMaxHeads, group_heads - g)) {
           case 1: a.indices ? attend<1, false>(heads, block) : attend<1, true>(heads, block); break;
           case 2: a.indices ? attend<2, false>(heads, block) : attend<2, true>(heads, block); break;
@@ -412,6 +424,7 @@ class Attention : public Pieces<T, Attention<T>> {
     int64_t count;
     Partial* part;
     float *out, *logits;
+    float* saved;  // where the scaled logits go that become weights at the end, or null
     bool first;  // of the head groups that read this block: the one that fetches ahead
   };
 
@@ -419,6 +432,9 @@ class Attention : public Pieces<T, Attention<T>> {
   void attend(const QueryHeads<T>& heads, const Block& block) {
     float factor[G];
     dot_block<T, G, Stream>(block.keys, block.first ? block.values : nullptr, block.count, heads, a.dim, block.logits);
+    if (block.saved)
+      for (int g = 0; g < G; ++g)
+        for (int64_t i = 0; i < block.count; ++i) block.saved[g * a.k + i] = block.logits[g * kBlock + i] * a.scale;
     for (int g = 0; g < G; ++g)
       factor[g] = softmax_update(block.logits + g * kBlock, block.count, a.scale, block.part[g].peak, block.part[g].sum);
     add_block<T, G, Stream>(block.values, block.first ? block.next_keys : nullptr, block.count, block.logits, factor, block.out,

@@ -37,6 +37,7 @@ struct AttentionArgs {
   const void *query, *key, *value;  // [B,H,d], [B,Hkv,S,d] twice
   void* out;                        // [B,H,d], contiguous
   float* lse;                       // [B,H], or null
+  float* weights;                   // [B,H,k], what each listed row received, or null
   Ranges ranges;                    // rows = S
   const int32_t* indices;           // [B,Hsel,k], or null for all rows of the range
   const int32_t* counts;            // [B,Hsel], or null for k

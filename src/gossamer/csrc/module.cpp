@@ -145,6 +145,21 @@ int decode_attention(nb::tuple tensors, nb::tuple optional, nb::tuple strides, n
   return call(active->decode_attention, a);
 }
 
+// As decode_attention with listed rows, and the weight that each of them received.
+int decode_attention_weights(nb::tuple tensors, nb::tuple optional, nb::tuple strides, nb::tuple sizes,
+                             nb::tuple selection, float scale, int dtype, int threads) {
+  AttentionArgs a{};
+  Reader t(tensors), o(optional), s(selection);
+  a.query = t.pointer<void>(), a.key = t.pointer<void>(), a.value = t.pointer<void>();
+  a.out = t.pointer<void>(), a.weights = t.pointer<float>();
+  a.indices = o.pointer<int32_t>(), a.counts = o.pointer<int32_t>();
+  read_strides(Reader(strides), a);
+  read_sizes(Reader(sizes), a);
+  a.select_heads = s.next(), a.k = s.next();
+  a.scale = scale, a.dtype = DType(dtype), a.threads = team(threads, row_bytes(a, true));
+  return call(active->decode_attention, a);
+}
+
 int append_labels(nb::tuple cache, nb::tuple description, nb::tuple tensors, nb::tuple strides, nb::tuple sizes,
                   int dtype, int threads) {
   AppendArgs a{};
@@ -266,6 +281,20 @@ class Prepared {
     a.threads = team(threads, row_bytes(a, a.indices));
     const int status = call(active->decode_attention, a);
     return status ? -status : a.indices ? total(a.counts, a.batch * select_heads) : 0;
+  }
+
+  // Listed rows, and the weight [B,H,k] of each. Returns how many were listed, or minus a status.
+  int64_t attend_weights(intptr_t query, int64_t q_batch, int64_t q_head, int64_t heads, intptr_t out, intptr_t weights,
+                         int32_t length, intptr_t indices, intptr_t counts, int64_t select_heads, int64_t k, float scale,
+                         int threads) const {
+    AttentionArgs a = a_;
+    set(a, query, q_batch, q_head, heads, out, 0, length, scale);
+    a.weights = reinterpret_cast<float*>(weights);
+    a.indices = reinterpret_cast<const int32_t*>(indices), a.counts = reinterpret_cast<const int32_t*>(counts);
+    a.select_heads = select_heads, a.k = k;
+    a.threads = team(threads, row_bytes(a, true));
+    const int status = call(active->decode_attention, a);
+    return status ? -status : total(a.counts, a.batch * select_heads);
   }
 
   // Writes the labels of rows [from, to), then scores, selects and attends. Returns how many rows were attended,
@@ -496,6 +525,7 @@ NB_MODULE(_native, m) {
   });
   m.def("set_isa", &set_isa);
   m.def("decode_attention", &decode_attention);
+  m.def("decode_attention_weights", &decode_attention_weights);
   m.def("append_labels", &append_labels);
   m.def("label_scores", &label_scores);
   m.def("key_scores", &key_scores);
@@ -519,5 +549,6 @@ NB_MODULE(_native, m) {
       .def(nb::init<nb::tuple, nb::tuple, nb::tuple, int>())
       .def("set_labels", &Prepared::set_labels)
       .def("attend", &Prepared::attend)
+      .def("attend_weights", &Prepared::attend_weights)
       .def("attend_labels", &Prepared::attend_labels);
 }

@@ -427,6 +427,8 @@ class AttentionRuntime:
                 out = self.prefill.prefill(layer, query, key, value)
             else:
                 out = dense_attention(query, key, value, scale, starts=layer.starts, window=window, dropout=dropout)
+            if self.decode is not None:
+                self.decode.observe(layer, query)
         if self.cache is not None:
             self.cache.update(layer, query)
         return out

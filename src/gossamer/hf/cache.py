@@ -40,7 +40,8 @@ class Derived:
 
     A policy that keeps such state subclasses this and, before use, extends it from `rows` to the current length.
     The layer lowers `rows` when it is cropped. When its batch changes (beam search) or the cache is saved, what the rows
-    can't give again is taken along by `tensors` and handed to a fresh state by `restore`; the rest is computed anew.
+    can't give again is taken along by `tensors` and handed to a fresh state by `restore`; the rest is computed anew. A state
+    that is too large or too interwoven for that may follow a batch by itself, with `reorder`.
     """
 
     rows: int = 0
@@ -51,6 +52,13 @@ class Derived:
 
     def restore(self, tensors: dict[str, Tensor], rows: int) -> None:
         """Take back what `tensors` gave (picked for a new batch, or read from a file), which covers `rows` rows."""
+
+    def reorder(self, pick: Callable[[Tensor], Tensor]) -> bool:
+        """Follow a batch that is reordered, repeated or thinned out: `pick` maps a tensor ``[batch, …]`` to its new batch.
+
+        Returns whether it did (default: no; see `tensors`).
+        """
+        return False
 
 
 #: What a state gave up: its tensors, and how many rows they cover.
@@ -339,8 +347,12 @@ class KVLayer(CacheLayerMixin):
         def picked(parts: dict[str, Carried]) -> dict[str, Carried]:
             return {part: ({k: pick(t) for k, t in tensors.items()}, rows) for part, (tensors, rows) in parts.items()}
 
-        carried, saved = {runtime: picked(parts) for runtime, parts in self.states().items()}, picked(self.saved)
+        with torch.inference_mode(False):
+            followed = {runtime: view for runtime, view in self.views.items() if _follows(view, pick)}
+        others = {runtime: parts for runtime, parts in self.states().items() if runtime not in followed}
+        carried, saved = {runtime: picked(parts) for runtime, parts in others.items()}, picked(self.saved)
         self._forget()  # shapes of derived state follow the batch: rebuild it
+        self.views.update(followed)
         self.carried.update(carried)
         self.saved = saved
 
@@ -355,6 +367,12 @@ class KVLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these sequences only."""
         self._replace_batch(lambda s: s[indices.to(s.device) if isinstance(indices, Tensor) else indices, ...])
+
+
+def _follows(view: Any, pick: Callable[[Tensor], Tensor]) -> bool:
+    """Whether all states of a view have followed a batch by themselves."""
+    states = {id(s): s for s in (getattr(view, part) for part in PARTS) if s is not None}
+    return bool(states) and all(isinstance(s, Derived) and s.reorder(pick) for s in states.values())
 
 
 class GossamerCache(Cache):

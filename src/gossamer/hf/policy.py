@@ -47,12 +47,18 @@ class DecodePolicy(Policy, ABC):
 
     #: Where each layer's rows are kept (None: in memory, on the model's device).
     places: list[Allocator] | None = None
+    #: Whether `observe` must see the prompt: a cache that was filled without this policy then lacks what it needs.
+    watches_prompt: bool = False
 
     def attached(self, runtime: AttentionRuntime) -> None:
         """Called once when the policy is on its model (default: nothing to do)."""
 
     def detached(self) -> None:
         """Called once when it is taken off; undo what `attached` did (default: nothing)."""
+
+    def observe(self, layer: LayerView, query: Tensor) -> None:
+        """Called when a block of queries ``[batch, heads, new, head_dim]``, whose rows are the last of the layer, was
+        attended by whatever serves prefill (default: nothing to do)."""
 
     @abstractmethod
     def decode(self, layer: LayerView, query: Tensor, length: int) -> Tensor:

@@ -82,15 +82,37 @@ class AttentionView:
         query = module.q_proj(hidden).view(*hidden.shape[:-1], -1, module.head_dim)
         if hasattr(module, "q_norm"):
             query = module.q_norm(query)
-        query = query.transpose(1, 2)
-        if position_embeddings is None:
-            return cast(Tensor, query)
-        cos, sin = (e.unsqueeze(1) for e in position_embeddings)
-        rotary = cos.shape[-1]  # some families rotate only the first part of a head
-        turned, rest = query[..., :rotary], query[..., rotary:]
-        half = rotary // 2
-        rotated = torch.cat((-turned[..., half:], turned[..., :half]), dim=-1)
-        return torch.cat((turned * cos + rotated * sin, rest), dim=-1)
+        return rotate(query.transpose(1, 2), position_embeddings)
+
+    def project_key_value(
+        self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Key and value ``[batch, kv_heads, tokens, head_dim]`` of this layer for its (normed) input, as it caches them.
+
+        Used to compute rows again that were deleted.
+
+        Raises:
+            ModelError: the family's projection is fused.
+        """
+        module = cast(Any, self.module)
+        if not hasattr(module, "k_proj") or not hasattr(module, "v_proj"):
+            raise ModelError(f"{type(module).__name__} has no separate key and value projections")
+        key, value = (p(hidden).view(*hidden.shape[:-1], -1, module.head_dim) for p in (module.k_proj, module.v_proj))
+        if hasattr(module, "k_norm"):
+            key = module.k_norm(key)
+        return rotate(key.transpose(1, 2), position_embeddings), value.transpose(1, 2)
+
+
+def rotate(x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Rotary embedding of `x` ``[batch, heads, tokens, head_dim]`` by (cos, sin) ``[batch, tokens, rotary]``; None: as it is."""
+    if position_embeddings is None:
+        return x
+    cos, sin = (e.unsqueeze(1) for e in position_embeddings)
+    rotary = cos.shape[-1]  # some families rotate only the first part of a head
+    turned, rest = x[..., :rotary], x[..., rotary:]
+    half = rotary // 2
+    rotated = torch.cat((-turned[..., half:], turned[..., :half]), dim=-1)
+    return torch.cat((turned * cos + rotated * sin, rest), dim=-1)
 
 
 def attention_views(model: nn.Module) -> list[AttentionView]:

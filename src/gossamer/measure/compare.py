@@ -182,7 +182,8 @@ class _Run:
             try:
                 with self._attached(m) as handle:
                     runtime, cache = handle.runtime, shared
-                    own = runtime.prefill is not None or runtime.cache is not None
+                    watches = runtime.decode is not None and runtime.decode.watches_prompt
+                    own = runtime.prefill is not None or runtime.cache is not None or watches
                     if own or cache is None:
                         chunk = len(segment.context) if own else 4096  # a sparse prefill sees the whole prompt
                         start = time.perf_counter()

@@ -2,6 +2,7 @@
 faster kernels."""
 
 from gossamer.ops._dispatch import available_backends, available_isas, set_isa, use_backend
+from gossamer.ops.attention_weights import attention_weights
 from gossamer.ops.block_sparse_attention import block_sparse_attention
 from gossamer.ops.compact_rows import compact_rows
 from gossamer.ops.decode_attention import decode_attention, merge_attention
@@ -31,6 +32,7 @@ __all__ = [
     "VerticalSlashIndex",
     "advise_huge_pages",
     "append_labels",
+    "attention_weights",
     "available_backends",
     "available_isas",
     "best_match",

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gossamer.ops import _checks, _dispatch
 from gossamer.ops._dispatch import DTYPE_CODES, native
+from gossamer.ops.attention_weights import attention_weights
 from gossamer.ops.decode_attention import decode_attention
 from gossamer.ops.label_attention import Selection, label_attention
 from gossamer.ops.labels import REDUCE_CODES, LabelCache, Reduce, _native_cache, append_labels, native_takes
@@ -62,6 +63,18 @@ class Prepared(ABC):
         starts: Tensor | None = None,
     ) -> tuple[Tensor, int]:
         """Attend listed rows only; returns the output and how many rows were read: the sum of the counts."""
+
+    def weighted(
+        self, query: Tensor, length: int, indices: Tensor, counts: Tensor, *, scale: float
+    ) -> tuple[Tensor, Tensor, int]:
+        """Attend listed rows as :func:`~gossamer.ops.attention_weights.attention_weights` does.
+
+        Returns
+        -------
+        The output, the weights float32 [B, H, k], and how many rows were read: the sum of the counts.
+        """
+        out, weights = attention_weights(query, *self.rows(length, query.device), indices, counts, scale=scale)
+        return out, weights, int(counts.sum())
 
 
 def _starts_fit(starts: Tensor | None, batch: int) -> bool:
@@ -172,6 +185,34 @@ class PreparedAttention(Prepared):
             out = decode_attention(query, key, value, indices=indices, counts=counts, starts=starts, scale=scale)
             return out, int(counts.sum())
         return self._attend(query, length, scale, starts, (indices.data_ptr(), counts.data_ptr(), *shape[1:]))
+
+    def weighted(
+        self, query: Tensor, length: int, indices: Tensor, counts: Tensor, *, scale: float
+    ) -> tuple[Tensor, Tensor, int]:
+        """As in :class:`Prepared`, in one native call."""
+        if not self._takes(query, length, None) or not _chosen_fit(
+            indices, counts, self.batch, query.shape[1], self.kv_heads
+        ):
+            return super().weighted(query, length, indices, counts, scale=scale)
+        query = _checks.row_major(query)
+        out = torch.empty(query.shape, dtype=self.dtype)
+        weights = torch.empty((*query.shape[:2], indices.shape[2]), dtype=torch.float32)
+        read = self._native.attend_weights(
+            query.data_ptr(),
+            *query.stride()[:2],
+            query.shape[1],
+            out.data_ptr(),
+            weights.data_ptr(),
+            length,
+            indices.data_ptr(),
+            counts.data_ptr(),
+            *indices.shape[1:],
+            scale,
+            torch.get_num_threads(),
+        )
+        if read < 0:
+            _checks.raise_status("attention_weights", -read)
+        return out, weights, read
 
     def _attend(
         self, query: Tensor, length: int, scale: float, starts: Tensor | None, chosen: tuple[int, ...]

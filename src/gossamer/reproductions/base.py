@@ -58,7 +58,7 @@ class Reproduction:
 
 
 #: Modules of this folder that hold a `REPRODUCTION`.
-_MODULES = ("a2sf", "double_sparsity", "ems", "hip_attention", "tidaldecode", "tokenselect", "zipvl")
+_MODULES = ("a2sf", "alisa", "double_sparsity", "ems", "hip_attention", "tidaldecode", "tokenselect", "zipvl")
 
 
 def reproductions() -> dict[str, Reproduction]:
