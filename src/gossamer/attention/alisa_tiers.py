@@ -397,7 +397,7 @@ class TieredPolicy(SparseWindowPolicy, PrefillPolicy):
             order = (~valid).to(torch.int8).sort(dim=1, stable=True).indices
             counts = valid.sum(1, dtype=torch.int32)
             layer.record(*self.listed(layer, ids.gather(1, order), counts), tokens + 1)
-        layer.count(rows, tokens + 1, self.score_bytes(layer, tokens + 1))
+        layer.count(rows, length, self.score_bytes(layer, tokens + 1))  # `count` adds the rows that moved away
         runtime.stats.slow_bytes += self.loaded_bytes + self.input_bytes - before
         if stepwise:
             self.shift(layer, tokens + 1)
