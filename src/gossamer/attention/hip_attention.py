@@ -88,26 +88,10 @@ def search(
     return HipIndex(layout, *found)
 
 
-def always(layout: Layout, at: slice, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Sinks and windows of the query blocks `at`: rows that the block may read, and which of them each query reads.
-
-    Returns:
-        rows int64 ``[batch or 1, blocks, n]`` with n = sink + window + block_q − 1 (0 without causality), and a boolean
-        ``[batch or 1, blocks, block_q, n]`` that is true once for each key. A query in the padding reads itself.
-    """
-    i, first = layout.positions(device)[at, :, None], layout.first(device)[:, None, None, None]
-    sink, span = (layout.sink, layout.window + layout.block_q - 1) if layout.causal else (0, 0)
-    sinks = (first + torch.arange(sink, device=device)).expand(-1, i.shape[0], -1, -1)
-    near = i[:, :1] - layout.window + 1 + torch.arange(span, device=device)
-    in_window = (near <= i) & (near > i - layout.window) & (near >= first + layout.sink) | (near == i) & (i < first)
-    rows = torch.cat([sinks, near.expand(first.shape[0], -1, -1, -1)], 3)[:, :, 0]
-    return rows.clamp(0, layout.length - 1), torch.cat([sinks <= i, in_window], 3)
-
-
 def attention(query: Tensor, key: Tensor, value: Tensor, index: HipIndex, scale: float | None = None) -> Tensor:
     """Exact softmax of every query over the keys that `index` gives it; ``[batch, heads, new, d]``.
 
-    Memory grows with the keys read, never with new × length. Heads of a group share the rows of sinks and window.
+    Time and memory of the kernels grow with the keys read, never with new × length. A query in the padding reads itself.
 
     Raises:
         InputError: shapes that do not fit each other or the index.
@@ -117,39 +101,45 @@ def attention(query: Tensor, key: Tensor, value: Tensor, index: HipIndex, scale:
     indexed = (*index.blocks.shape[:2], layout.new, layout.length)
     if value.shape != key.shape or indexed != (batch, heads, new, length):
         raise InputError(f"hip: the index or the values do not fit queries {list(query.shape)}, keys {list(key.shape)}")
-    device, scale, size = query.device, dim**-0.5 if scale is None else scale, layout.block_q
-    padded = nn.functional.pad(query, (0, 0, 0, layout.query_blocks * size - new))
-    queries, out = padded.unflatten(2, (layout.query_blocks, size)), torch.empty_like(padded)
-    width, near = index.blocks.shape[3] * layout.block_k, layout.sink + layout.window + size
-    per_block = batch * heads * (2 * width * dim + 2 * size * (width + near)) + 2 * batch * kv_heads * near * dim
-    step = max(1, _CHUNK // per_block)
+    scale = dim**-0.5 if scale is None else scale
+    if not layout.causal:
+        return _whole(query, key, value, index, scale)
+    sinks = (layout.first(query.device)[:, None] + torch.arange(layout.sink, device=query.device)).to(torch.int32)
+    rows, valid = index.rows()
+    counts = valid.sum(3, dtype=torch.int32) + (sinks < length).sum(1, dtype=torch.int32)[:, None, None]
+    ids = torch.cat([sinks[:, None, None].expand(batch, *rows.shape[1:3], -1), rows.to(torch.int32)], 3)
+    out = ops.block_sparse_attention(
+        query,
+        key,
+        value,
+        ids,
+        counts=counts,
+        block_size=layout.block_q,
+        key_block_size=1,
+        window=layout.window,
+        starts=layout.starts,
+        scale=scale,
+    )
+    if layout.starts is not None:
+        padding = torch.arange(length - new, length, device=query.device) < layout.starts[:, None]
+        itself = value[:, :, length - new :].repeat_interleave(heads // kv_heads, 1)
+        out = torch.where(padding[:, None, :, None], itself, out)
+    return out
+
+
+def _whole(query: Tensor, key: Tensor, value: Tensor, index: HipIndex, scale: float) -> Tensor:
+    """Without causality there are neither sinks nor windows: rows are gathered, some query blocks at a time."""
+    layout, size = index.layout, index.layout.block_q
+    padded = nn.functional.pad(query, (0, 0, 0, layout.query_blocks * size - layout.new))
+    queries, outs = padded.unflatten(2, (layout.query_blocks, size)), []
+    width = index.blocks.shape[3] * layout.block_k
+    step = max(1, _CHUNK // (query.shape[0] * query.shape[1] * 2 * width * (query.shape[3] + size)))
     for at in (slice(i, i + step) for i in range(0, layout.query_blocks, step)):
-        (far_ids, valid), (near_ids, reads) = index.rows(at), always(layout, at, device)
-        near_ids = near_ids[:, None].expand(batch, kv_heads, -1, -1)
-        valid = valid[:, :, :, None]
-        if layout.causal:  # what lies in a query's window comes from there
-            valid = valid & (far_ids[:, :, :, None] <= layout.positions(device)[at, :, None] - layout.window)
-        q = queries[:, :, at].float() * scale
-        far = q @ take(key, far_ids).transpose(3, 4)
-        close = _ungroup(_group(q, kv_heads) @ take(key, near_ids).transpose(3, 4), size)
-        far, close = far.masked_fill_(~valid, -math.inf), close.masked_fill(~reads[:, None], -math.inf)
-        weights = torch.cat([far, close], 4).softmax(4)
-        part = weights[..., :width] @ take(value, far_ids)
-        part += _ungroup(_group(weights[..., width:], kv_heads) @ take(value, near_ids), size)
-        out[:, :, at.start * size : (at.start + part.shape[2]) * size] = part.flatten(2, 3)
-    return out[:, :, :new]
-
-
-def _group(x: Tensor, kv_heads: int) -> Tensor:
-    """``[batch, heads, blocks, block_q, n]`` as ``[batch, kv_heads, blocks, group·block_q, n]``."""
-    grouped: Tensor = x.unflatten(1, (kv_heads, -1)).transpose(2, 3)
-    return grouped.flatten(3, 4)
-
-
-def _ungroup(x: Tensor, block_q: int) -> Tensor:
-    """The other way round."""
-    apart: Tensor = x.unflatten(3, (-1, block_q)).transpose(2, 3)
-    return apart.flatten(1, 2)
+        ids, valid = index.rows(at)
+        scores = queries[:, :, at].float() * scale @ take(key, ids).transpose(3, 4)
+        weights = scores.masked_fill_(~valid[:, :, :, None], -math.inf).softmax(4)
+        outs.append((weights @ take(value, ids)).to(query.dtype))
+    return torch.cat(outs, 2).flatten(2, 3)[:, :, : layout.new]
 
 
 def _check(query: Tensor, key: Tensor) -> None:
