@@ -4,9 +4,11 @@ Importing this package registers them; a new one is a file here and a line below
 """
 
 from gossamer.attention import (
+    a_shape,
     controls,
     double_sparsity,
     hip_attention,
+    minference,
     quest,
     sparq,
     streaming_llm,
@@ -18,10 +20,12 @@ from gossamer.attention.base import AttentionHandle, AttentionMethod, attach
 __all__ = [
     "AttentionHandle",
     "AttentionMethod",
+    "a_shape",
     "attach",
     "controls",
     "double_sparsity",
     "hip_attention",
+    "minference",
     "quest",
     "sparq",
     "streaming_llm",
