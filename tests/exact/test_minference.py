@@ -23,7 +23,8 @@ from gossamer.calibration import Calibration
 from gossamer.errors import CalibrationError, InputError, OutputError
 from gossamer.hf import GossamerCache
 from gossamer.hf.attention import dense_attention
-from gossamer.models import fingerprint, tiny_model
+from gossamer.measure.compare import calibration_tokens
+from gossamer.models import LoadedModel, fingerprint, tiny_model
 from gossamer.patterns import causal_pairs
 from gossamer.registry import make
 from gossamer.testing import AttentionContract, Case, Stream
@@ -284,6 +285,15 @@ def test_each_head_is_as_if_alone() -> None:
         assert float(alone[0]) == pytest.approx(float(area[head]))
 
 
+def test_bfloat16_is_served_with_scores_in_float32() -> None:
+    states = [x.bfloat16() for x in qkv(90)]
+    out, _, scores = run(MIXED, *states)
+    want, _, same = run(MIXED, *(x.float() for x in states))
+    assert out.dtype is torch.bfloat16
+    torch.testing.assert_close(scores, same)
+    torch.testing.assert_close(out.float(), want, atol=2e-2, rtol=2e-2)
+
+
 # 6, A-shape in two passes, is in test_a_shape.
 
 
@@ -381,6 +391,16 @@ def test_candidates_end_one_step_below_the_target() -> None:
         assert bool((area <= goal).all())
         assert bool((R.areas(scores, more, SMALL, 400) > goal).all()), candidate
         assert bool((getattr(heads, made.moves or "") % step == 0).all())
+
+
+def test_a_candidate_may_keep_its_ratio() -> None:
+    _, (query, key, _) = searched()
+    scores = R.estimate(query, key, torch.tensor([1, 2]), SMALL, 0.3)
+    goal = P.a_shape_area(400, 40, 100, 16)
+    heads, area = S.candidate_heads(S.Candidate(1, 64, 24, "both"), scores, SMALL, 400, 4, goal, S.Plan(epsilon=0.0))
+    assert bool((area <= goal).all())
+    assert bool((area > 0.8 * goal).all())
+    torch.testing.assert_close(heads.first / heads.second, torch.full((4,), 64 / 24), rtol=0.1, atol=0.0)
 
 
 def test_a_candidate_that_cannot_be_cheap_enough_is_out() -> None:
@@ -648,6 +668,18 @@ def test_bad_samples_and_settings_are_one_line() -> None:
     for bad in ({"area": 0}, {"area": 1.5}, {"area": "x"}, {"k_v": 0}, {"minference_ratio": 0}, {"pattern": "spiral"}):
         with pytest.raises(InputError, match="minference"):
             make("minference", **bad)
+
+
+def test_layers_with_a_window_of_their_own_are_not_searched() -> None:
+    with pytest.raises(CalibrationError, match="window"):
+        MInference(**TINY, scale=0.01).calibrate(tiny_model("gemma3"), ids(1, 400))
+
+
+def test_commands_calibrate_on_the_sample_of_the_method(byte_tokenizer: Any) -> None:
+    loaded = LoadedModel(MODEL, byte_tokenizer, "tiny")
+    method = MInference(sample_tokens=1200)
+    assert torch.equal(calibration_tokens(loaded, method=method), method.calibration_sample(MODEL, byte_tokenizer))
+    assert calibration_tokens(loaded, blocks=2).shape == (2, 512)
 
 
 def test_the_sample_is_one_retrieval_prompt(byte_tokenizer: Any) -> None:

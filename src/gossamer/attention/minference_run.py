@@ -25,6 +25,7 @@ Area = Annotated[float, BeforeValidator(parse), Field(gt=0, le=1)]
 
 KINDS = ("a-shape", "vertical-slash", "block-sparse")
 A_SHAPE, VERTICAL_SLASH, BLOCK_SPARSE = range(3)
+UNIT = 1024  # factors on budgets are fitted in steps of 1/UNIT
 
 
 class Heads(NamedTuple):
@@ -219,18 +220,22 @@ def fit(
     return least * step, least_fits
 
 
+def most_units(heads: Heads, length: int) -> Tensor:
+    """The factor, in units, with which the larger budget of each head covers `length` tokens: int64 ``[heads]``."""
+    return -(-length * UNIT // torch.maximum(heads.first, heads.second)) + 1
+
+
 def fit_area(
     scores: Scores, heads: Heads, online: Online, length: int, goal: float, starts: Tensor | None = None
 ) -> Heads:
     """Budgets of every head scaled, both alike, until its kernel area is just below `goal` (or as small as it gets)."""
-    unit = 1024  # of the factor
-    most = -(-length * unit // torch.maximum(heads.first, heads.second)) + 1
 
     def area_of(factor: Tensor) -> Tensor:
-        return areas(scores, heads.scaled(factor / unit), online, length, starts, exact=False)
+        return areas(scores, heads.scaled(factor / UNIT), online, length, starts, exact=False)
 
+    most = most_units(heads, length)
     factor, _ = fit(area_of, goal, torch.ones_like(most), most)
-    return heads.scaled(factor / unit)
+    return heads.scaled(factor / UNIT)
 
 
 class PatternPolicy(PrefillPolicy):

@@ -34,6 +34,7 @@ from gossamer.attention.minference_run import (
     A_SHAPE,
     BLOCK_SPARSE,
     KINDS,
+    UNIT,
     VERTICAL_SLASH,
     Heads,
     Online,
@@ -42,6 +43,7 @@ from gossamer.attention.minference_run import (
     attend,
     estimate,
     fit,
+    most_units,
     slash_lists,
 )
 from gossamer.calibration import Calibration
@@ -65,12 +67,12 @@ Search = Literal["paper", "released", "released-outputs"]
 
 
 class Candidate(NamedTuple):
-    """A pattern with budgets; `moves` says which of the two is fitted to the target area."""
+    """A pattern with budgets; `moves` says which of the two is fitted to the target area (both: their ratio stays)."""
 
     kind: int
     first: int
     second: int
-    moves: Literal["first", "second"] | None = None
+    moves: Literal["first", "second", "both"] | None = None
 
     def scaled(self, scale: float) -> Candidate:
         """Budgets times `scale`, 1 at least (0 stays 0)."""
@@ -139,12 +141,15 @@ def candidate_heads(
     if candidate.moves is None:
         return made, areas(scores, made, online, length)
     moves, step = candidate.moves, max(1, round(plan.step * plan.scale))
-    step = 1 if candidate.kind == BLOCK_SPARSE else step
-    blocks = -(-length // online.block_size)
-    most = torch.full_like(made.first, blocks if candidate.kind == BLOCK_SPARSE else max(length, step))
+    if moves == "both":
+        step, most = 1, most_units(made, length)
+    elif candidate.kind == BLOCK_SPARSE:
+        step, most = 1, torch.full_like(made.first, -(-length // online.block_size))
+    else:
+        most = torch.full_like(made.first, max(length, step))
 
     def with_budget(budget: Tensor) -> Heads:
-        return made._replace(**{moves: budget})
+        return made.scaled(budget / UNIT) if moves == "both" else made._replace(**{moves: budget})
 
     def area_of(budget: Tensor, exact: bool = False) -> Tensor:
         return areas(scores, with_budget(budget), online, length, exact=exact)

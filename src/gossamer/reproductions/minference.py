@@ -2,15 +2,16 @@
 
 Setting of the system's card: windows of 2048 tokens of prose, B=16, 4 sinks, 16 local slashes, 64 witnesses, every head of
 every policy at about 15 % of the causal area, counted at kernel level. Policies: A-shape, vertical-slash (k_v : k_s = 64 : 24,
-as in the card's trial), block-sparse, and each head's own by the search. The search is the paper's with the candidates of
-its Table 7 scaled by 2048/30000, run on the first window; masses and perplexities are of the other three.
+as in the card's trial), block-sparse, and each head's own by the search. The search is the paper's, run on the first window,
+among these three and the candidates of its Table 7 scaled by 2048/30000; masses and perplexities are of the other windows.
 
 (a) Attention mass that the kernel-level pattern keeps of a dense run, rows of the second half, mean over heads and layers.
 (b) Perplexity of the second half with the whole prompt read sparsely.
 (c) A passkey in 2048 tokens, outside A-shape's sinks and window: the prompt is read sparsely, its last token included, so that
     the first digit comes from sparse attention alone; the other digits are then decoded densely, as the paper does.
 
-Settings were tried on another seed's windows, without a look at the reported ones.
+Settings were tried on two windows of another seed, where searched kept less mass than vertical-slash (0.839, 0.866) at a lower
+perplexity (6.2, 6.5; dense 4.5). The thresholds are the card's, and stayed.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from gossamer import ops
 from gossamer.attention import minference_run as running
 from gossamer.attention import minference_search as searching
 from gossamer.attention.minference_run import A_SHAPE, BLOCK_SPARSE, KINDS, VERTICAL_SLASH, Heads, Online, PatternPolicy
-from gossamer.attention.minference_search import Plan
+from gossamer.attention.minference_search import Candidate, Plan
 from gossamer.data import encode, split, text, token_blocks
 from gossamer.data.tasks import passkey
 from gossamer.hf import AttentionRuntime, GossamerCache, LayerView, PrefillPolicy, dense_attention
@@ -38,6 +39,8 @@ WINDOW, WINDOWS, AREA = 2048, 4, 0.15
 ONLINE = Online(last_q=64, sinks=4, local=16, block_size=16)
 #: A-shape of about 15 % of the causal area.
 TARGET = (32, 112)
+#: k_v and k_s of the uniform vertical-slash; scaled to the area.
+RATIO = (64, 24)
 SCALE = WINDOW / searching.PAPER_SAMPLE
 DEPTHS = (0.25, 0.5)
 #: "mass": VS over A-shape, at least; "perplexity": searched over dense, at most.
@@ -45,8 +48,9 @@ THRESHOLDS = {"mass": 0.03, "perplexity": 1.10}
 
 
 def plan() -> Plan:
-    """The paper's search with Table 7 scaled to the window, at this experiment's target."""
-    return Plan(target=TARGET, step=1, space=[c.scaled(SCALE) for c in searching.PAPER_SPACE])
+    """The paper's search with Table 7 scaled to the window, and the uniform vertical-slash, at this experiment's target."""
+    space = [Candidate(VERTICAL_SLASH, *RATIO, "both"), *(c.scaled(SCALE) for c in searching.PAPER_SPACE)]
+    return Plan(target=TARGET, step=1, space=space)
 
 
 class _Probe(PrefillPolicy):
@@ -129,7 +133,7 @@ def _experiment(progress: Progress) -> Outcome:
     layers, heads = kinds.shape
     ways = {
         "a-shape": [Heads.uniform(A_SHAPE, *TARGET, heads)] * layers,
-        "vertical-slash": [Heads.uniform(VERTICAL_SLASH, 64, 24, heads)] * layers,
+        "vertical-slash": [Heads.uniform(VERTICAL_SLASH, *RATIO, heads)] * layers,
         "block-sparse": [Heads.uniform(BLOCK_SPARSE, 10, 1, heads)] * layers,
         "searched": searching.heads_of(calibration, layers, heads),
     }
