@@ -233,7 +233,7 @@ def a_shape_area(length: int, n_init: int, n_local: int, block_size: int = 64) -
     """Kernel-level area of A-shape.
 
     >>> a_shape_area(64, 64, 1), round(a_shape_area(65536, 1024, 4096), 3)
-    (1.0, 0.152)
+    (1.0, 0.151)
     """
     blocks = a_shape_blocks(length, torch.tensor([n_init]), torch.tensor([n_local]), block_size)
     return float(block_area(blocks, length, block_size)[0, 0])
