@@ -15,7 +15,7 @@ from gossamer.errors import InputError
 from gossamer.models import tiny_model
 from gossamer.patterns import causal_pairs
 from gossamer.registry import make
-from gossamer.testing import AttentionContract, Case, Stream
+from gossamer.testing import AttentionContract, Case, PrefillCase, PrefillContract, Stream
 
 CLOSE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
 MODEL = tiny_model("qwen2")  # what Stream feeds: 3 layers, 4 query heads on 2 KV heads
@@ -50,6 +50,13 @@ class TestAShape(AttentionContract):
     cases: ClassVar[list[Case]] = [
         Case("a-shape", full={}, sparse=False),
         Case("a-shape", {"last_q": 100, "n_local": 64}, full={}, sparse=False),
+    ]
+
+
+class TestAShapePrefill(PrefillContract):
+    cases: ClassVar[list[PrefillCase]] = [
+        PrefillCase("a-shape", {"n_init": 3, "n_local": 10, "block_size": 8}),
+        PrefillCase("a-shape", {"n_init": 3, "n_local": 10, "exact": True, "last_q": 20}, {"n_local": 96}),
     ]
 
 

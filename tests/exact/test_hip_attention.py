@@ -20,7 +20,7 @@ from gossamer.hf.attention import dense_attention
 from gossamer.models import tiny_model
 from gossamer.patterns.hierarchy import Found, HipIndex, Representative, descend, initial_segments, levels, vote
 from gossamer.registry import make
-from gossamer.testing import AttentionContract, Case, Stream
+from gossamer.testing import AttentionContract, Case, PrefillCase, PrefillContract, Stream
 
 SMALL: dict[str, Any] = {"budget": 16, "block_q": 8, "block_k": 2, "window": 12, "sink": 3}
 
@@ -552,3 +552,13 @@ def test_the_report_tells_the_area_of_a_prompt() -> None:
             Stream(length=96).feed(handle, 96)
             area = handle.report()["prefill_area"]
         assert area == want if want else 0.2 < area < 0.6
+
+
+class TestHipPrefill(PrefillContract):
+    cases: ClassVar[list[PrefillCase]] = [
+        PrefillCase(
+            "hip-attention",
+            {"tokens": 8, "block_q": 8, "window": 12, "sink": 2, "dense_layers": (), "phases": "prefill"},
+            full={"window": 96},
+        )
+    ]

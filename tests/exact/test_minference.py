@@ -27,7 +27,7 @@ from gossamer.measure.compare import calibration_tokens
 from gossamer.models import LoadedModel, fingerprint, tiny_model
 from gossamer.patterns import causal_pairs
 from gossamer.registry import make
-from gossamer.testing import AttentionContract, Case, Stream
+from gossamer.testing import AttentionContract, Case, PrefillCase, PrefillContract, Stream
 
 CLOSE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
 SMALL = R.Online(last_q=16, sinks=2, local=8, block_size=16)
@@ -75,6 +75,15 @@ class TestMInference(AttentionContract):
     """Decode is dense. The suite's prompts are one block long, so that prefill is exact, as it wants."""
 
     cases: ClassVar[list[Case]] = [Case("minference", {}, full={}, sparse=False)]
+
+
+class TestMInferencePrefill(PrefillContract):
+    cases: ClassVar[list[PrefillCase]] = [
+        PrefillCase("minference", {**TINY, "pattern": "vertical-slash", "k_v": 6, "k_s": 8}),
+        PrefillCase("minference", {**TINY, "pattern": "a-shape", "n_init": 3, "n_local": 12}),
+        PrefillCase("minference", {**TINY, "pattern": "block-sparse", "k_b": 3}),
+        PrefillCase("minference", {**TINY, "area": 0.4}),
+    ]
 
 
 # -- 1: budgets that cover everything are dense -----------------------------------------------------------------------
