@@ -21,9 +21,18 @@ from torch import Tensor
 
 from gossamer import ops
 from gossamer.errors import InputError, UnknownNameError
+from gossamer.measure import bench_prefill
 from gossamer.measure.bandwidth import ReadBandwidth
 
-OPERATORS = ("decode_attention", "label_attention", "label_scores", "linear", "select_topk")
+OPERATORS = (
+    "block_sparse_attention",
+    "decode_attention",
+    "label_attention",
+    "label_scores",
+    "linear",
+    "select_topk",
+    "vertical_slash_attention",
+)
 #: Weights [inputs, outputs] that ``linear`` is timed on, and the rows of x.
 WEIGHTS = {
     "SmolLM2 up": (576, 1536),
@@ -60,14 +69,16 @@ def run(
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Benchmark an operator for one decode step of one sequence.
+    """Benchmark an operator for one decode step of one sequence, or for one prompt.
 
     Parameters
     ----------
     op
         ``decode_attention`` (torch SDPA, our dense kernel, Double Sparsity), ``label_attention`` (the same cases and
         each reduction), ``label_scores``, ``select_topk``, or ``linear`` (the weights in ``WEIGHTS`` times 1, 4 and 8
-        rows; contexts and the shape of the attention don't matter to it).
+        rows; contexts and the shape of the attention don't matter to it). ``block_sparse_attention`` and
+        ``vertical_slash_attention`` work on prompts of a shape of their own: see ``measure.bench_prefill``, also for
+        what their rows hold. Of the parameters below they take ``contexts``, ``dtypes`` and ``seed``.
     contexts
         Cached tokens.
     dtypes
@@ -105,6 +116,9 @@ def run(
             raise InputError(f"dtype must be float32 or bfloat16, got {name!r}")
     if min(contexts, default=0) < 1 or kv_heads < 1 or heads % kv_heads or repeats < 1:
         raise InputError("bench: contexts and repeats must be positive and heads a multiple of kv_heads")
+    if op in bench_prefill.OPERATORS:
+        chosen = {name: DTYPES[name] for name in dtypes}
+        return bench_prefill.run(op, contexts=contexts, dtypes=chosen, seed=seed, progress=progress)
     probe = ReadBandwidth()
     rows: list[dict[str, Any]] = []
     if op == "linear":
