@@ -347,6 +347,7 @@ def test_block_sparse_attention(heads, kv_heads, select, new, rows, dim, size, k
     check_attention(lambda: block_sparse_attention(q, k, v, mask, **how), dtype)
     far = 10**8  # beyond the counts anything may stand
     ids = torch.where(mask, torch.arange(mask.shape[3]), far).sort(-1).values.int()
+    how["window"] = 29
     check_attention(lambda: block_sparse_attention(q, k, v, ids, counts=mask.sum(-1).int(), **how), dtype)
 
 

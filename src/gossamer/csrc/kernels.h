@@ -115,6 +115,7 @@ struct PrefillArgs {
   int64_t q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row;
   int64_t batch, heads, kv_heads, queries, rows, dim;
   int64_t block_size;
+  int64_t window;  // last positions that each query reads whatever is chosen; 0 for none
   float scale;
   DType dtype;
   int threads;

@@ -295,7 +295,7 @@ int block_sparse_attention(nb::tuple tensors, nb::tuple strides, nb::tuple sizes
   Reader s(selection), l(layout);
   a.mask = s.pointer<bool>(), a.blocks = s.pointer<int32_t>(), a.counts = s.pointer<int32_t>();
   a.b_batch = l.next(), a.b_head = l.next(), a.b_row = l.next();
-  a.select_heads = l.next(), a.columns = l.next(), a.key_block_size = l.next();
+  a.select_heads = l.next(), a.columns = l.next(), a.key_block_size = l.next(), a.prefill.window = l.next();
   return call(active->block_sparse_attention, a);
 }
 

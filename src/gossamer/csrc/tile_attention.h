@@ -228,11 +228,14 @@ class TileAttention {
   void begin(const QueryTile<T>& t, int64_t batch, int64_t kv_head) {
     tile = &t;
     low = a.starts ? a.starts[batch] : 0, high = int64_t(t.last) + 1;
+    // Some query has the keys from `some` on in its window, all have those from `all` on.
+    some = a.window ? imin(imax(low, t.first - a.window + 1), high) : high;
+    all = a.window ? imin(imax(low, t.last - a.window + 1), high) : high;
     key = static_cast<const T*>(a.key) + batch * a.k_batch + kv_head * a.k_head;
     value = static_cast<const T*>(a.value) + batch * a.v_batch + kv_head * a.v_head;
     vectors = ceil_div(t.count, kLanes);
     filling = tiles, ready = nullptr;
-    filling->count = 0;
+    clear(*filling);
     slope = (a.scale == 0.0f ? 1.0f : __builtin_fabsf(a.scale)) * 1.44269504f;
     pack_queries();
     for (int q = 0; q < vectors * kLanes; ++q) {
@@ -244,17 +247,20 @@ class TileAttention {
 
   // Keys [from, to); what the range of the sequence or causality excludes for all queries is left out.
   GOSSAMER_INLINE void add(int64_t from, int64_t to) {
-    from = imax(from, low), to = imin(to, high);
-    while (from < to) {
-      const int64_t n = imin(to - from, kKeys - filling->count);
-      int32_t* at = filling->at + filling->count;
-      for (int64_t i = 0; i < n; ++i) at[i] = int32_t(from + i);
-      filling->count += n, from += n;
-      if (filling->count == kKeys) advance();
+    from = imax(from, low), to = imin(to, all);
+    if (from >= to) return;
+    if (to > some) {
+      push(from, some, false);
+      from = imax(from, some);
+      push(some, from, true);
+      some = to;
     }
+    push(from, to, false);
   }
 
   void finish() {
+    push(some, all, true);
+    push(all, high, false);
     advance();
     if (ready->count) advance();
     for (int q = 0; q < tile->count; ++q) {
@@ -269,16 +275,32 @@ class TileAttention {
  private:
   struct KeyTile {
     int64_t count = 0;
+    bool any_near = false;
+    bool near[kKeys];                    // read only by the queries that have it in their window
     alignas(64) int32_t at[kKeys] = {};  // positions, ascending
   };
+
+  GOSSAMER_INLINE void push(int64_t from, int64_t to, bool near) {
+    while (from < to) {
+      const int64_t n = imin(to - from, kKeys - filling->count);
+      int32_t* at = filling->at + filling->count;
+      for (int64_t i = 0; i < n; ++i) at[i] = int32_t(from + i);
+      std::memset(filling->near + filling->count, near, size_t(n));
+      filling->any_near |= near;
+      filling->count += n, from += n;
+      if (filling->count == kKeys) advance();
+    }
+  }
 
   // Works on the tile that is ready, while the rows of the one just filled are on their way.
   void advance() {
     if (ready) attend(*ready, *filling);
     KeyTile* const empty = ready ? ready : tiles + 1;
     ready = filling, filling = empty;
-    filling->count = 0;
+    clear(*filling);
   }
+
+  static void clear(KeyTile& t) { t.count = 0, t.any_near = false; }
 
   // Transposes the tile. Queries of a negative scale change their sign, so that the highest score has the highest weight.
   void pack_queries() {
@@ -403,7 +425,7 @@ class TileAttention {
         score_rows<T, R, V>(rows + k, queries + i * kLanes, words, scores + k * kQueries + i * kLanes);
       });
     });
-    mask(now.at, keys);
+    if (edge || now.any_near) mask(now);
     bool moved = false;
     for (int64_t i = 0; i < vectors; ++i) moved |= weigh(i, keys);
     if (moved) rescale();
@@ -430,16 +452,19 @@ class TileAttention {
     return n;
   }
 
-  // Hides keys from the queries that stand before them.
-  void mask(const int32_t* at, int64_t keys) {
-    for (int64_t k = 0; k < keys; ++k)
-      if (at[k] > tile->first)
-        for (int64_t i = 0; i < vectors; ++i) {
-          float* s = scores + k * kQueries + i * kLanes;
-          vi where;
-          __builtin_memcpy(&where, position + i * kLanes, sizeof where);
-          store(s, where >= splat_i(at[k]) ? load(s) : splat(-kInf));
-        }
+  // Hides keys from the queries that stand before them, and those for windows from the queries behind.
+  void mask(const KeyTile& t) {
+    for (int64_t k = 0; k < t.count; ++k) {
+      const bool near = t.any_near && t.near[k];
+      if (t.at[k] <= tile->first && !near) continue;
+      const vi from = splat_i(t.at[k]), until = splat_i(near ? int32_t(t.at[k] + a.window) : INT32_MAX);
+      for (int64_t i = 0; i < vectors; ++i) {
+        float* s = scores + k * kQueries + i * kLanes;
+        vi where;
+        __builtin_memcpy(&where, position + i * kLanes, sizeof where);
+        store(s, ((where >= from) & (where < until)) != 0 ? load(s) : splat(-kInf));
+      }
+    }
   }
 
   // Turns the scores of kLanes queries into weights and adds to their sums. The running maximum follows only when it would
@@ -512,7 +537,7 @@ class TileAttention {
   const bool pack_keys;
   const QueryTile<T>* tile = nullptr;
   const T *key = nullptr, *value = nullptr;
-  int64_t low = 0, high = 0, vectors = 0;
+  int64_t low = 0, high = 0, some = 0, all = 0, vectors = 0;
   float slope = 1.0f;  // from a score to the exponent of two
   Word *queries, *values, *packed;  // [words][kQueries], [kKeys / kPack][width], [kKeys][words]
   float *scores, *out;              // [kKeys][kQueries], then the weights as words; [kQueries][width]
