@@ -267,6 +267,18 @@ def test_the_quick_area_is_close_to_the_count(size: int) -> None:
         torch.testing.assert_close(quick, exact, rtol=0.05, atol=0.005)
 
 
+@pytest.mark.parametrize("dense_rows", [0, 40])
+def test_the_quick_area_of_blocks(dense_rows: int) -> None:
+    for length in (800, 790):
+        query, key, _ = qkv(length)
+        online = R.Online(16, 2, 8, 16, dense_rows)
+        heads = R.Heads(torch.tensor([0, 0, 2, 2]), torch.tensor([40, 3, 3, 60]), torch.tensor([100, 33, 1, 1]))
+        exact = R.areas(R.estimate(query, key, heads.kind, online, 0.3), heads, online, length)
+        quick = R.quick_block_area(heads, online, length)
+        torch.testing.assert_close(quick[:2], exact[:2])
+        torch.testing.assert_close(quick[2:], exact[2:], rtol=0.15, atol=0.0)
+
+
 # -- 5, 8: the output is dense attention under the mask, head by head -------------------------------------------------
 
 
