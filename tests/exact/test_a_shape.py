@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gossamer.attention import minference_patterns as P
-from gossamer.attention.a_shape import two_passes
+from gossamer.attention.a_shape import one_pass, two_passes
 from gossamer.errors import InputError
 from gossamer.models import tiny_model
 from gossamer.patterns import causal_pairs
@@ -65,6 +65,7 @@ def test_two_passes_equal_one_masked_softmax(n_init: int, n_local: int) -> None:
     query, key, value = qkv(400, batch=2)
     want = masked_dense(query, key, value, P.a_shape_mask(400, n_init, n_local), 0.3)
     torch.testing.assert_close(two_passes(query, key, value, n_init, n_local, 0.3), want, **CLOSE)
+    torch.testing.assert_close(one_pass(query, key, value, n_init, n_local, 0.3, 64), want, **CLOSE)
     short = two_passes(query[:, :, 50:], key[:, :, 50:], value[:, :, 50:], n_init, n_local, 0.3)
     starts = torch.tensor([0, 50])
     got = two_passes(query, key, value, n_init, n_local, 0.3, starts)

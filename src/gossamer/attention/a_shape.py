@@ -3,8 +3,9 @@
     keep(i, j) = j ≤ i and (i − j < n_local or j < n_init);  with Tri-shape, everything for the last `last_q` queries
 
 By default whole blocks are computed: the band's far edge, the sinks' end and the first dense query are rounded outwards.
-`exact=True` keeps to the definition by two passes, the band and then the sinks beyond it, merged by their log-sum-exps; it
-runs on torch's matrix products, slower than the kernel.
+`exact=True` keeps to the definition: the kernel takes the band as a window and the sinks as one block of `n_init` keys. With
+left padding, where sinks lie elsewhere in each sequence, it is two passes as published, the band and then the sinks beyond
+it, merged by their log-sum-exps, on torch's matrix products.
 """
 
 from __future__ import annotations
@@ -66,7 +67,23 @@ def _pass(query: Tensor, key: Tensor, value: Tensor, keep: Tensor) -> tuple[Tens
     return torch.exp(logits - lse.masked_fill(lse == -math.inf, 0.0)[..., None]) @ value.unsqueeze(2), lse
 
 
-class TwoPassPolicy(PatternPolicy):
+def one_pass(query: Tensor, key: Tensor, value: Tensor, n_init: int, n_local: int, scale: float, size: int) -> Tensor:
+    """A-shape attention to the token, of sequences without padding, by the kernel; blocks of `size` queries."""
+    lines = (len(query), 1, -(-query.shape[2] // size))
+    return ops.block_sparse_attention(
+        query,
+        key,
+        value,
+        torch.zeros(*lines, 1, dtype=torch.int32, device=query.device),
+        counts=torch.full(lines, int(n_init > 0), dtype=torch.int32, device=query.device),
+        block_size=size,
+        key_block_size=max(1, min(n_init, key.shape[2])),
+        window=n_local,
+        scale=scale,
+    )
+
+
+class ExactPolicy(PatternPolicy):
     """The exact pattern, the last queries dense."""
 
     def attend(
@@ -74,7 +91,11 @@ class TwoPassPolicy(PatternPolicy):
     ) -> tuple[Tensor, Tensor]:
         """The output and the area: here the pairs that the definition keeps."""
         n_init, n_local, length = int(heads.first[0]), int(heads.second[0]), key.shape[2]
-        out, dense = two_passes(query, key, value, n_init, n_local, layer.scale, layer.starts), self.online.dense_rows
+        dense = self.online.dense_rows
+        if layer.starts is None:
+            out = one_pass(query, key, value, n_init, n_local, layer.scale, self.online.block_size)
+        else:
+            out = two_passes(query, key, value, n_init, n_local, layer.scale, layer.starts)
         i = torch.arange(length)
         read = (i + 1).clamp_max(n_local) + (i + 1 - n_local).clamp(0, n_init)
         if dense:
@@ -105,7 +126,7 @@ class AShape(AttentionMethod):
         None, description="scale both budgets to this share of the causal area; none: as they are"
     )
     block_size: int = Field(64, ge=1, description="side of a kernel's block")
-    exact: bool = Field(False, description="keep to the pattern by the token, in two passes")
+    exact: bool = Field(False, description="keep to the pattern by the token")
     starting_layer: int = Field(0, ge=0, description="layers before this one are dense")
 
     def prefill_policy(self, model: nn.Module, calibration: Calibration | None) -> PrefillPolicy:
@@ -120,5 +141,5 @@ class AShape(AttentionMethod):
         heads = Heads.uniform(A_SHAPE, self.n_init, self.n_local, shape.heads)
         layers = [None if index < self.starting_layer else heads for index in range(shape.layers)]
         online = Online(block_size=self.block_size, dense_rows=self.last_q)
-        policy = TwoPassPolicy if self.exact else PatternPolicy
+        policy = ExactPolicy if self.exact else PatternPolicy
         return policy(self.slug, layers, online, self.area)
