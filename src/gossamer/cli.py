@@ -303,7 +303,8 @@ def compare(
         slugs = [s for s, m in registered().items() if m.family in families and s != "dense"]
     chosen: list[Any] = []
     for slug in slugs if family is None else ():
-        field = next((name for name in ("tokens", "budget") if name in method(slug).model_fields), None)
+        names = ("tokens", "budget", "area") if isinstance(value, float) else ("tokens", "budget")  # an area is a share
+        field = next((name for name in names if name in method(slug).model_fields), None)
         chosen.append(make(slug, **({field: value} if field else {})))
     plan = Plan(
         context=context,
@@ -379,7 +380,7 @@ def calibrate(
         if import_ is not None:
             calibration = made.import_calibration(import_, loaded.model)
         else:
-            calibration = made.calibrate(loaded.model, calibration_tokens(loaded, text, blocks))
+            calibration = made.calibrate(loaded.model, calibration_tokens(loaded, text, blocks, made))
     calibration.save(path)
     out.print(f"wrote {path} ({path.stat().st_size / 1e3:.0f} kB, for {loaded.name})", highlight=False)
 

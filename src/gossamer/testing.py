@@ -5,6 +5,8 @@
     class TestMine(AttentionContract):
         cases = [Case("my-method", {"tokens": 8})]
 
+`PrefillContract` is the suite of methods that read prompts sparsely.
+
 A case that fails tells which promise of the family the method breaks. The model is small, random and in fp32; the
 whole suite takes about a second a case.
 """
@@ -31,7 +33,7 @@ from gossamer.hf import GossamerCache, SelectingPolicy, model_shape
 from gossamer.models import tiny_model
 from gossamer.registry import make
 
-__all__ = ["METHODS", "AttentionContract", "Case"]
+__all__ = ["METHODS", "AttentionContract", "Case", "PrefillCase", "PrefillContract"]
 
 
 @dataclass(frozen=True)
@@ -484,3 +486,113 @@ class AttentionContract:
             want = Stream().feed(handle, 50, *[1] * 14)
         with case.method().attach(_model(), loaded) as handle:
             assert torch.equal(Stream().feed(handle, 50, *[1] * 14), want)
+
+
+@dataclass(frozen=True)
+class PrefillCase:
+    """A method that reads prompts sparsely, for `PrefillContract`.
+
+    Attributes:
+        slug, settings: as in `Case`; settings that leave out a good part of a prompt of 96 tokens.
+        full: settings with which it reads everything.
+        calibration: what it learned on `tiny_model("qwen2")`, or None.
+    """
+
+    slug: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    full: dict[str, Any] = field(default_factory=lambda: {"area": 1.0})
+    calibration: Calibration | None = None
+
+    def __str__(self) -> str:
+        return self.slug + "".join(f" {k}={v}" for k, v in self.settings.items())
+
+    def attach(self, **changes: Any) -> AttentionHandle:
+        """The method on the suite's model, which has three layers and four query heads."""
+        method = cast(AttentionMethod, make(self.slug, **{**self.settings, **changes}))
+        return method.attach(_model(), self.calibration)
+
+
+class PrefillContract:
+    """What every method of the slot `attention.prefill` keeps, beside `AttentionContract`. Name your `cases`."""
+
+    cases: ClassVar[Sequence[PrefillCase]] = ()
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """One run of each test for each case."""
+        if "case" in metafunc.fixturenames:
+            metafunc.parametrize("case", self.cases, ids=str)
+
+    @pytest.fixture(autouse=True)
+    def _no_gradients(self) -> Any:
+        with torch.no_grad():
+            yield
+        assert _model().config._attn_implementation == "sdpa", "the method is still attached"
+
+    def run(self, case: PrefillCase, stream: Stream, *sizes: int, mask: Tensor | None = None, **changes: Any) -> Any:
+        """Outputs of a stream, and the report."""
+        with case.attach(**changes) as handle:
+            return stream.feed(handle, *sizes, mask=mask), handle.report()
+
+    def test_a_full_prompt_is_dense(self, case: PrefillCase) -> None:
+        """With the `full` settings, and the report says that everything was computed."""
+        stream = Stream(length=96)
+        out, report = self.run(case, stream, 96, **case.full)
+        torch.testing.assert_close(out, stream.dense(0), atol=1e-5, rtol=1e-5)
+        assert report["prefill_area"] == pytest.approx(1.0)
+
+    def test_a_prompt_is_read_sparsely(self, case: PrefillCase) -> None:
+        """The outputs differ, and the report says how much of the causal area was computed, per layer and head."""
+        stream = Stream(length=96)
+        out, report = self.run(case, stream, 96)
+        assert float((out - stream.dense(0)).abs().max()) > 1e-2
+        assert 0 < report["prefill_area"] < 0.95
+        shares = torch.tensor(list(report["prefill_area_of_heads"].values()))
+        assert shares.shape == (3, 4)
+        assert bool(((shares > 0) & (shares <= 1)).all())
+        assert float(shares.mean()) == pytest.approx(report["prefill_area"])
+
+    def test_the_first_query_reads_itself(self, case: PrefillCase) -> None:
+        """Causality at its edge: the first output is the first value row."""
+        stream = Stream(length=96)
+        out, _ = self.run(case, stream, 96)
+        want = stream.value[:, :, :, 0].repeat_interleave(2, 2)
+        torch.testing.assert_close(out[:, :, :, 0], want, atol=1e-5, rtol=1e-5)
+
+    def test_a_later_chunk_and_decode_are_finite(self, case: PrefillCase) -> None:
+        """Prompts may come in parts, and generation goes on after them."""
+        out, report = self.run(case, Stream(length=96), 64, 30, 1, 1)
+        assert bool(torch.isfinite(out).all())
+        assert 0 < report["prefill_area"] <= 1
+
+    def test_sequences_are_their_own(self, case: PrefillCase) -> None:
+        """A batch gives what each of its sequences gives alone."""
+        out, _ = self.run(case, Stream(length=96), 96)
+        for row in range(2):
+            alone, _ = self.run(case, Stream(length=96).pick(torch.tensor([row])), 96)
+            torch.testing.assert_close(alone[:, 0], out[:, row], atol=1e-5, rtol=1e-5)
+
+    def test_padding_is_never_read(self, case: PrefillCase) -> None:
+        """What stands in the rows of left padding changes nothing of the real ones, and breaks nothing."""
+        mask = torch.ones(2, 96, dtype=torch.int64)
+        mask[1, :20] = 0
+        outs = []
+        for filling in (1.0, -30.0):
+            stream = Stream(length=96)
+            stream.key[:, 1, :, :20] = stream.value[:, 1, :, :20] = stream.query[:, 1, :, :20] = filling
+            out, _ = self.run(case, stream, 96, mask=mask)
+            assert bool(torch.isfinite(out).all())
+            outs.append(out)
+        torch.testing.assert_close(outs[0][:, 1, :, 20:], outs[1][:, 1, :, 20:], atol=1e-5, rtol=1e-5)
+
+    def test_runs_are_the_same_and_inputs_untouched(self, case: PrefillCase) -> None:
+        """Bit for bit."""
+        stream = Stream(length=96)
+        before = [x.clone() for x in (stream.query, stream.key, stream.value)]
+        state = torch.get_rng_state()
+        one, first = self.run(case, stream, 96)
+        two, second = self.run(case, Stream(length=96), 96)
+        assert torch.equal(one, two)
+        assert first == second
+        assert torch.equal(state, torch.get_rng_state())
+        for x, y in zip(before, (stream.query, stream.key, stream.value), strict=True):
+            assert torch.equal(x, y)

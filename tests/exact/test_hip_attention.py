@@ -20,7 +20,7 @@ from gossamer.hf.attention import dense_attention
 from gossamer.models import tiny_model
 from gossamer.patterns.hierarchy import Found, HipIndex, Representative, descend, initial_segments, levels, vote
 from gossamer.registry import make
-from gossamer.testing import AttentionContract, Case, Stream
+from gossamer.testing import AttentionContract, Case, PrefillCase, PrefillContract, Stream
 
 SMALL: dict[str, Any] = {"budget": 16, "block_q": 8, "block_k": 2, "window": 12, "sink": 3}
 
@@ -523,4 +523,42 @@ class TestHipContract(AttentionContract):
         # Not row-wise: beam search drops a layer's state, so the next search comes earlier.
         _case(refresh=4, row_wise=False),
         _case(refresh=1, ensemble=2, row_wise=False),
+    ]
+
+
+# -- how much a prompt computes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("new", "length", "window"), [(200, 200, 12), (50, 200, 12), (90, 90, 40), (33, 90, 90)])
+def test_the_area_is_what_blocks_of_queries_compute(new: int, length: int, window: int) -> None:
+    query, key, _ = qkv(new, length)
+    index = search(query, key, **{**SMALL, "window": window})
+    got = hip.computed_area(index)
+    pairs = 0.0
+    rows, valid = index.rows()
+    for block in range(-(-new // 8)):
+        positions = range(length - new + block * 8, min(length - new + block * 8 + 8, length))
+        for b in range(2):
+            keys = set(rows[b, 0, block][valid[b, 0, block]].tolist())
+            keys |= set(range(3)) | set(range(max(0, positions[0] - window + 1), positions[-1] + 1))
+            pairs += sum(j <= i for i in positions for j in keys) / 2
+    assert float(got[0]) == pytest.approx(pairs / (sum(range(length - new + 1, length + 1))))
+
+
+def test_the_report_tells_the_area_of_a_prompt() -> None:
+    settings: dict[str, Any] = {"tokens": 8, "block_q": 8, "window": 12, "sink": 2}
+    for dense, want in (((0, 1, 2), 1.0), ((), None)):
+        with make("hip-attention", **settings, dense_layers=dense).attach(tiny_model("qwen2")) as handle:  # type: ignore[attr-defined]
+            Stream(length=96).feed(handle, 96)
+            area = handle.report()["prefill_area"]
+        assert area == want if want else 0.2 < area < 0.6
+
+
+class TestHipPrefill(PrefillContract):
+    cases: ClassVar[list[PrefillCase]] = [
+        PrefillCase(
+            "hip-attention",
+            {"tokens": 8, "block_q": 8, "window": 12, "sink": 2, "dense_layers": (), "phases": "prefill"},
+            full={"window": 96},
+        )
     ]

@@ -4,10 +4,12 @@ Importing this package registers them; a new one is a file here and a line below
 """
 
 from gossamer.attention import (
+    a_shape,
     alisa,
     controls,
     double_sparsity,
     hip_attention,
+    minference,
     quest,
     sparq,
     streaming_llm,
@@ -20,11 +22,13 @@ from gossamer.attention.base import AttentionHandle, AttentionMethod, attach
 __all__ = [
     "AttentionHandle",
     "AttentionMethod",
+    "a_shape",
     "alisa",
     "attach",
     "controls",
     "double_sparsity",
     "hip_attention",
+    "minference",
     "quest",
     "sparq",
     "streaming_llm",

@@ -33,7 +33,7 @@ from gossamer.hf import DecodePolicy, LayerView, ModelShape, PrefillPolicy, Sele
 from gossamer.hf.attention import dense_attention
 from gossamer.hf.cache import Derived
 from gossamer.ops.tree_search import reference, take
-from gossamer.patterns import Budget, resolve
+from gossamer.patterns import AreaMeter, Budget, causal_pairs, resolve
 from gossamer.patterns.hierarchy import Found, HipIndex, Layout, Representative, levels, vote
 from gossamer.registry import register
 
@@ -142,6 +142,30 @@ def _whole(query: Tensor, key: Tensor, value: Tensor, index: HipIndex, scale: fl
     return torch.cat(outs, 2).flatten(2, 3)[:, :, : layout.new]
 
 
+def computed_area(index: HipIndex) -> Tensor:
+    """Share of the causal pairs of a prompt that `attention` computes, float64 ``[heads]``: the mean over the batch.
+
+    A key counts for all queries of a block that may read it, as it is computed for all of them; once, though a few near the
+    window's edge are computed with the window and as chosen ones.
+    """
+    layout, blocks = index.layout, index.blocks
+    device = blocks.device
+    opening, (begin, end) = layout.positions(device)[:, 0], layout.region(device)
+    size = torch.full_like(opening, layout.block_q)
+    size[-1] = layout.new - (layout.query_blocks - 1) * layout.block_q
+    pairs, near = torch.zeros_like(index.counts, dtype=torch.int64), end.expand(len(begin), -1)
+    if layout.causal:
+        first = layout.first(device)[:, None]
+        near = torch.maximum(opening - layout.window + 1, first).minimum(opening)
+        sinks = (near - first).clamp(0, layout.sink)
+        pairs = pairs + (size * (opening - near + 1 + sinks) + size * (size - 1) // 2)[:, None]
+    keys = ((near - begin)[:, None, :, None] - blocks * layout.block_k).clamp(0, layout.block_k)
+    used = torch.arange(blocks.shape[3], device=device) < index.counts[..., None]
+    pairs = pairs + size * (keys * used).sum(3)
+    total = causal_pairs(layout.length, layout.new) if layout.causal else layout.new * layout.length
+    return pairs.sum(2).double().mean(0) / total
+
+
 def _check(query: Tensor, key: Tensor) -> None:
     q, k = query.shape, key.shape
     fits = len(q) == len(k) == 4 and q[0] == k[0] and q[3] == k[3] and k[1] > 0 and q[1] % k[1] == 0
@@ -170,6 +194,11 @@ class HipPolicy(SelectingPolicy, PrefillPolicy):
         self.method = method
         #: Representatives scored since attaching, over heads and layers.
         self.evaluations = 0
+        self.meter = AreaMeter()
+
+    def report(self) -> dict[str, Any]:
+        """`prefill_area` and `prefill_area_of_heads`; see `gossamer.patterns.AreaMeter`. The search's scores are not in it."""
+        return self.meter.report()
 
     def open(self, layer: LayerView) -> Chosen:
         """Nothing chosen yet."""
@@ -204,9 +233,12 @@ class HipPolicy(SelectingPolicy, PrefillPolicy):
         """Dense where `is_dense` says so, otherwise search and attend; a decode choice made before is forgotten."""
         if isinstance(layer.state, Chosen):
             layer.state.ids = None
+        size = {"batch": len(query), "new": query.shape[2], "length": key.shape[2]}
         if self.is_dense(layer, key.shape[2]):
+            self.meter.add(layer.index, 1.0, heads=query.shape[1], **size)
             return dense_attention(query, key, value, layer.scale, starts=layer.starts, window=layer.window)
         index = self.find(layer, query, key, self.method.block_q)
+        self.meter.add(layer.index, computed_area(index), **size)
         self.evaluations += int(index.evaluations.sum())
         return attention(query, key, value, index, layer.scale)
 

@@ -76,8 +76,13 @@ def _no_progress(what: str, done: int, total: int) -> None:
     return None
 
 
-def calibration_tokens(loaded: LoadedModel, source: str = "prose", blocks: int = CALIBRATION_BLOCKS) -> Tensor:
-    """Token blocks for calibration, from the part of a text that evaluation never sees."""
+def calibration_tokens(
+    loaded: LoadedModel, source: str = "prose", blocks: int = CALIBRATION_BLOCKS, method: Any = None
+) -> Tensor:
+    """Token blocks for calibration: a method's own sample if it makes one, or a text's part that evaluation never sees."""
+    if hasattr(method, "calibration_sample"):
+        sample: Tensor = method.calibration_sample(loaded.model, loaded.tokenizer)
+        return sample
     return token_blocks(loaded.tokenizer, split(text(source), "calibration"), CALIBRATION_BLOCK, blocks)
 
 
@@ -89,7 +94,7 @@ def entries_of(loaded: LoadedModel, methods: Sequence[Method], progress: Progres
         if "calibration" in method.needs and method.slug not in made:
             progress(f"calibrating {method.slug}", index, len(methods))
             calibrated: Any = method
-            made[method.slug] = calibrated.calibrate(loaded.model, calibration_tokens(loaded))
+            made[method.slug] = calibrated.calibrate(loaded.model, calibration_tokens(loaded, method=method))
         label = method.name
         if any(m.slug == method.slug and m != method for m in methods):
             label += " (" + ", ".join(f"{k}={v}" for k, v in method.settings().items()) + ")"

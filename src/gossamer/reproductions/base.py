@@ -58,7 +58,17 @@ class Reproduction:
 
 
 #: Modules of this folder that hold a `REPRODUCTION`.
-_MODULES = ("a2sf", "alisa", "double_sparsity", "ems", "hip_attention", "tidaldecode", "tokenselect", "zipvl")
+_MODULES = (
+    "a2sf",
+    "alisa",
+    "double_sparsity",
+    "ems",
+    "hip_attention",
+    "minference",
+    "tidaldecode",
+    "tokenselect",
+    "zipvl",
+)
 
 
 def reproductions() -> dict[str, Reproduction]:
