@@ -100,6 +100,8 @@ class Method(BaseModel):
     family: ClassVar[str] = ""
     slot: ClassVar[Slot] = "none"
     baseline: ClassVar[bool] = False
+    #: The setting that takes a budget as a share of what dense attention spends, if it is not called `tokens`.
+    budget_setting: ClassVar[str] = ""
     #: What `attach` or `apply` requires, as data: "calibration", "training", "gradients", "draft-model", …
     needs: ClassVar[frozenset[str]] = frozenset()
 

@@ -24,7 +24,7 @@ dense in it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -220,6 +220,8 @@ class Alisa(AttentionMethod):
     >>> Alisa(ratio=0.4).ratio
     0.4
     """
+
+    budget_setting: ClassVar[str] = "ratio"
 
     ratio: float = Field(0.2, gt=0, le=1, description="r, KV caching ratio: share of the cached tokens attended")
     history_rows: int | None = Field(None, ge=1, description="attention rows that are summed (default: k, which grows)")

@@ -64,10 +64,9 @@ def at_budget(slug: str, budget: float, context: int, shape: ModelShape, element
     cls = method(slug)
     fields = cls.model_fields
     settings: dict[str, Any] = {"dense_layers": ()} if "dense_layers" in fields else {}
-    if "area" in fields:
-        settings["area"] = budget
-    if "budget" in fields:
-        settings["budget"] = budget
+    for name in ("area", "budget", cls.budget_setting):
+        if name in fields:
+            settings[name] = budget
     if "tokens" not in fields or not issubclass(cls, PolicyMethod):
         return make(slug, **settings)
     made = cls(**settings)
