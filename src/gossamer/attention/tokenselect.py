@@ -59,7 +59,8 @@ def head_logits(query: Tensor, key: Tensor, gqa_map: GqaMap = "contiguous") -> T
         return ops.key_scores(query, key)
     kv_heads = key.shape[1]
     grouped = query.unflatten(1, (-1, kv_heads)).transpose(1, 2)
-    return ops.key_scores(grouped.flatten(1, 2), key).unflatten(1, (kv_heads, -1)).transpose(1, 2).flatten(1, 2)
+    logits: Tensor = ops.key_scores(grouped.flatten(1, 2), key).unflatten(1, (kv_heads, -1))
+    return logits.transpose(1, 2).flatten(1, 2)
 
 
 def head_vote(logits: Tensor, vote: Vote, k: int, starts: Tensor | None = None) -> Tensor:
