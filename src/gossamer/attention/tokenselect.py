@@ -26,8 +26,6 @@ Decisions where the paper or its release leaves room:
 
 from __future__ import annotations
 
-import inspect
-import sys
 from typing import Annotated, Any, Literal, cast
 
 import torch
@@ -38,11 +36,10 @@ from torch import Tensor, nn
 from gossamer import ops
 from gossamer.attention.base import AttentionMethod
 from gossamer.calibration import Calibration
-from gossamer.errors import ModelError
 from gossamer.hf import LayerView, ModelShape, PrefillPolicy, SelectingPolicy
 from gossamer.hf.attention import dense_attention
 from gossamer.hf.cache import Derived
-from gossamer.hf.views import attention_views
+from gossamer.hf.rotary import Rotary, turn
 from gossamer.patterns import resolve
 from gossamer.patterns.budget import check, parse
 from gossamer.registry import register
@@ -50,6 +47,7 @@ from gossamer.registry import register
 Vote = Literal["soft", "raw", "hard"]
 GqaMap = Literal["contiguous", "mod"]
 Parts = tuple[int, int, int]  # n_init, k, n_local
+ADVICE = "use positions='original'"
 
 
 # -- formulas -----------------------------------------------------------------------------------------------------------
@@ -125,92 +123,6 @@ def assemble(selected: Tensor, starts: Tensor | None, length: int, parts: Parts)
     return ids, real[:, 0].clamp_max(budget)
 
 
-# -- packed positions ---------------------------------------------------------------------------------------------------
-
-
-def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first ``cos.shape[-1]`` channels of `x` ``[…, d]`` (halves paired) in float32; the dtype is kept."""
-    rotary = cos.shape[-1]
-    turned, rest = x[..., :rotary].float(), x[..., rotary:]
-    half = rotary // 2
-    rotated = torch.cat((-turned[..., half:], turned[..., :half]), dim=-1)
-    out = (turned * cos + rotated * sin).to(x.dtype)
-    return torch.cat((out, rest), dim=-1) if rest.shape[-1] else out
-
-
-class Rotary:
-    """A model's own rotary embedding, as rotations by any position.
-
-    Raises:
-        ModelError: the model has none that can be undone (none at all, other layouts, frequencies that vary).
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        views = attention_views(model)
-        inside = views[0].module
-        found = [m for m in model.modules() if hasattr(m, "rotary_emb") and any(x is inside for x in m.modules())]
-        name = type(model).__name__
-        advice = "use positions='original'"
-        if not found or not all(getattr(view.module, "use_rope", True) for view in views):
-            raise ModelError(f"tokenselect: {name} has no rotary positions in every layer to pack: {advice}")
-        self.module: Any = cast(Any, found[-1]).rotary_emb
-        kinds: Any = getattr(self.module, "rope_type", "default")
-        if {"dynamic", "longrope"} & set(kinds.values() if isinstance(kinds, dict) else [kinds]):
-            raise ModelError(f"tokenselect: {name} changes its rotary frequencies with the length: {advice}")
-        config: Any = model.config
-        config = config.get_text_config(decoder=True)
-        by_type = "layer_type" in inspect.signature(self.module.forward).parameters
-        self.types: list[str] | None = list(config.layer_types) if by_type else None
-        self.scale: dict[int, float] = {}
-        self.near: dict[str, tuple[Tensor, Tensor]] = {}  # tables of the positions 0, 1, 2, … so far
-        try:
-            same = self._same_layout(inside)
-        except (TypeError, RuntimeError, ValueError, IndexError):
-            same = False
-        if not same:
-            raise ModelError(f"tokenselect: {name} rotates its keys in a layout that cannot be packed: {advice}")
-
-    def tables(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin float32 ``[*positions, rotary channels]`` of this layer, without the model's scaling of them."""
-        cos, sin = self._call(layer, positions.reshape(1, -1))
-        if layer not in self.scale:
-            self.scale[layer] = float(self._call(layer, positions.new_zeros(1, 1))[0][0, 0, 0])
-        shape = (*positions.shape, cos.shape[-1])
-        return (cos / self.scale[layer]).view(shape), (sin / self.scale[layer]).view(shape)
-
-    def first(self, layer: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """`tables` of the positions 0 … count−1, kept for the next step."""
-        kind = "" if self.types is None else self.types[layer]
-        if kind not in self.near or len(self.near[kind][0]) < count or self.near[kind][0].device != device:
-            self.near[kind] = self.tables(layer, torch.arange(count, device=device))
-        cos, sin = self.near[kind]
-        return cos[:count], sin[:count]
-
-    def move(self, x: Tensor, layer: int, old: Tensor, new: Tensor) -> Tensor:
-        """`x` ``[…, d]``, rotated for the positions `old`, as it would be at `new` (shapes that fit ``x.shape[:-1]``)."""
-        (c0, s0), (c1, s1) = self.tables(layer, old), self.tables(layer, new)
-        return turn(x, c1 * c0 + s1 * s0, s1 * c0 - c1 * s0)
-
-    def undo(self, x: Tensor, layer: int, old: Tensor) -> Tensor:
-        """`x` ``[…, d]`` before its rotation for the positions `old`: RoPE is orthogonal, its inverse turns back."""
-        cos, sin = self.tables(layer, old)
-        return turn(x, cos, -sin)
-
-    def _call(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
-        like = torch.empty(0, dtype=torch.float32, device=positions.device)
-        kind = () if self.types is None else (self.types[layer],)
-        cos, sin = self.module(like, positions, *kind)
-        return cos, sin
-
-    def _same_layout(self, attention: nn.Module) -> bool:
-        """Whether the family's own function turns channels as `turn` does."""
-        apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
-        device = next(attention.parameters()).device
-        cos, sin = self._call(0, torch.tensor([[0, 3, 70]], device=device))
-        x = torch.linspace(-1, 1, cos.shape[-1], device=device).repeat(1, 1, 3, 1)
-        return apply is not None and torch.allclose(apply(x, x, cos, sin)[0], turn(x, cos[:, None], sin[:, None]))
-
-
 # -- the policy ---------------------------------------------------------------------------------------------------------
 
 
@@ -260,7 +172,7 @@ class TokenSelectPolicy(SelectingPolicy, PrefillPolicy):
     def __init__(self, method: TokenSelect, model: nn.Module) -> None:
         super().__init__(frozenset(method.dense_layers))
         self.method = method
-        self.rotary = Rotary(model) if method.positions == "packed" else None
+        self.rotary = Rotary(model, "tokenselect", ADVICE) if method.positions == "packed" else None
         self.lookups = self.hits = 0
         self.last: dict[int, tuple[Tensor, Tensor]] = {}
 

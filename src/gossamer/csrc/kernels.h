@@ -106,6 +106,17 @@ struct LinearArgs {
   int threads;
 };
 
+struct PooledArgs {
+  const void *query, *key;  // [B,H,T,d], [B,Hkv,S,d]
+  float* out;               // [B,H,ceil(T/block),ceil(S/key_block)], contiguous, zeros
+  const int32_t* starts;    // [B], or null
+  int64_t q_batch, q_head, q_row, k_batch, k_head, k_row;
+  int64_t batch, heads, kv_heads, rows, length, dim, block, key_block;
+  float scale;
+  DType dtype;
+  int threads;
+};
+
 struct Kernels {
   const char* name;
   Status (*decode_attention)(const AttentionArgs&);
@@ -114,6 +125,7 @@ struct Kernels {
   Status (*select_topk)(const SelectArgs&);
   Status (*label_attention)(const LabelAttentionArgs&);
   Status (*linear)(const LinearArgs&);
+  Status (*pooled_attention)(const PooledArgs&);
   float (*read_all)(const float*, int64_t, int);
 };
 
@@ -125,6 +137,7 @@ struct Kernels {
   Status select_topk(const SelectArgs&);                   \
   Status label_attention(const LabelAttentionArgs&);       \
   Status linear(const LinearArgs&);                        \
+  Status pooled_attention(const PooledArgs&);              \
   float read_all(const float* data, int64_t size, int threads); \
   }
 GOSSAMER_DECLARE_KERNELS(baseline)

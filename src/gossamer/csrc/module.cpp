@@ -18,7 +18,7 @@ namespace {
 #define GOSSAMER_TABLE(isa)                                                                             \
   Kernels {                                                                                             \
     #isa, isa::decode_attention, isa::append_labels, isa::label_scores, isa::select_topk,               \
-        isa::label_attention, isa::linear, isa::read_all                                                             \
+        isa::label_attention, isa::linear, isa::pooled_attention, isa::read_all                                                             \
   }
 
 // Slowest first; only what this processor can run.
@@ -273,6 +273,18 @@ int linear(intptr_t x, int64_t x_row, intptr_t weight, int64_t w_row, intptr_t b
   return call(active->linear, a);
 }
 
+int pooled_attention(nb::tuple tensors, nb::tuple strides, nb::tuple sizes, float scale, int dtype, int threads) {
+  PooledArgs a{};
+  Reader t(tensors), r(strides), s(sizes);
+  a.query = t.pointer<void>(), a.key = t.pointer<void>(), a.out = t.pointer<float>(), a.starts = t.pointer<int32_t>();
+  a.q_batch = r.next(), a.q_head = r.next(), a.q_row = r.next();
+  a.k_batch = r.next(), a.k_head = r.next(), a.k_row = r.next();
+  a.batch = s.next(), a.heads = s.next(), a.kv_heads = s.next(), a.rows = s.next(), a.length = s.next(), a.dim = s.next();
+  a.block = s.next(), a.key_block = s.next();
+  a.scale = scale, a.dtype = DType(dtype), a.threads = team(threads, a.batch * a.heads * a.rows * a.length);
+  return call(active->pooled_attention, a);
+}
+
 float read_all(intptr_t data, int64_t size, int threads) {
   nb::gil_scoped_release release;
   return active->read_all(reinterpret_cast<const float*>(data), size, threads);
@@ -299,6 +311,7 @@ NB_MODULE(_native, m) {
   m.def("select_topk", &select_topk);
   m.def("label_attention", &label_attention);
   m.def("linear", &linear);
+  m.def("pooled_attention", &pooled_attention);
   m.def("read_all", &read_all);
   nb::class_<Prepared>(m, "Prepared")
       .def(nb::init<nb::tuple, nb::tuple, nb::tuple, int>())

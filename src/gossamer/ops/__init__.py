@@ -7,6 +7,7 @@ from gossamer.ops.label_attention import label_attention
 from gossamer.ops.labels import LabelCache, append_labels, label_scores
 from gossamer.ops.linear import linear
 from gossamer.ops.memory import advise_huge_pages
+from gossamer.ops.pooled_attention import pooled_attention
 from gossamer.ops.prepared import PreparedAttention, PreparedLabelAttention
 from gossamer.ops.select_topk import select_topk
 
@@ -23,6 +24,7 @@ __all__ = [
     "label_scores",
     "linear",
     "merge_attention",
+    "pooled_attention",
     "select_topk",
     "set_isa",
     "use_backend",
