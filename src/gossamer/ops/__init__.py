@@ -2,6 +2,7 @@
 faster kernels."""
 
 from gossamer.ops._dispatch import available_backends, available_isas, set_isa, use_backend
+from gossamer.ops.block_sparse_attention import block_sparse_attention
 from gossamer.ops.decode_attention import decode_attention, merge_attention
 from gossamer.ops.label_attention import label_attention
 from gossamer.ops.labels import LabelCache, append_labels, label_scores
@@ -10,15 +11,22 @@ from gossamer.ops.memory import advise_huge_pages
 from gossamer.ops.pooled_attention import pooled_attention
 from gossamer.ops.prepared import PreparedAttention, PreparedLabelAttention
 from gossamer.ops.select_topk import select_topk
+from gossamer.ops.vertical_slash_attention import (
+    VerticalSlashIndex,
+    vertical_slash_attention,
+    vertical_slash_index,
+)
 
 __all__ = [
     "LabelCache",
     "PreparedAttention",
     "PreparedLabelAttention",
+    "VerticalSlashIndex",
     "advise_huge_pages",
     "append_labels",
     "available_backends",
     "available_isas",
+    "block_sparse_attention",
     "decode_attention",
     "label_attention",
     "label_scores",
@@ -28,4 +36,6 @@ __all__ = [
     "select_topk",
     "set_isa",
     "use_backend",
+    "vertical_slash_attention",
+    "vertical_slash_index",
 ]

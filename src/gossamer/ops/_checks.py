@@ -54,6 +54,18 @@ def attention(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
         raise InputError(f"{op}: query, key, value must share one device, got {device}, {key.device}, {value.device}")
 
 
+def prefill(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Check that query [B,H,T,d] and key, value [B,Hkv,S,d], T <= S, belong together."""
+    q, k = query.shape, key.shape
+    if len(q) != 4 or len(k) != 4 or value.shape != k:
+        raise InputError(
+            f"{op}: want query [B,H,T,d] and key, value [B,Hkv,S,d], got {list(q)}, {list(k)}, {list(value.shape)}"
+        )
+    if q[2] > k[2]:
+        raise InputError(f"{op}: {q[2]} queries stand at the last rows of {k[2]}: there are more queries than rows")
+    attention(op, query.select(2, 0) if q[2] else query.new_empty(q[0], q[1], q[3]), key, value)
+
+
 def row_major(tensor: Tensor) -> Tensor:
     """Return ``tensor`` with inner stride 1 (a view where it already is: caches are, and must not be copied)."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
