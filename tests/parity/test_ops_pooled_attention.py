@@ -100,7 +100,9 @@ def test_many_blocks_and_heads(isa):
 def test_it_compiles_and_has_a_fake():
     query, key = states(70, 70)
     torch.library.opcheck(
-        torch.ops.gossamer.pooled_attention, (query, key, 8, 8, None, 0.25), test_utils=("test_schema", "test_faketensor")
+        torch.ops.gossamer.pooled_attention,
+        (query, key, 8, 8, None, 0.25),
+        test_utils=("test_schema", "test_faketensor"),
     )
 
 

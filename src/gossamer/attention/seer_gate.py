@@ -24,13 +24,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gossamer.errors import CalibrationError, InputError
+from gossamer.errors import CalibrationError
+from gossamer.hf import LayerView
+from gossamer.hf.cache import Derived
 from gossamer.hf.rotary import Rotary
 
 POOLS = ("max", "min", "avg")  # the order of concatenation
@@ -62,7 +64,7 @@ def block_pools(x: Tensor, block: int, pools: Sequence[str], starts: Tensor | No
     [[3.0, 2.0], [5.0, 5.0]]
     """
     length = x.shape[2]
-    blocks = F.pad(x.float(), (0, 0, 0, -length % block)).unflatten(2, (-1, block))
+    blocks = F.pad(x.float(), (0, 0, 0, -length % block)).unflatten(2, (-(-length // block), block))
     token = torch.arange(blocks.shape[2] * block, device=x.device)
     real = (token < length)[None]
     if starts is not None:
@@ -128,7 +130,7 @@ def choose_blocks(
     else:
         assert area is not None
         count = min(row_budget(area, scores.shape[3]), scores.shape[3])
-        order = hidden.sort(3, descending=True, stable=True).indices[..., :count]
+        order = hidden.sort(dim=3, descending=True, stable=True).indices[..., :count]
         keep = torch.zeros_like(hidden, dtype=torch.bool).scatter_(3, order, True) & visible
     whole = visible if aligned is None else aligned
     lost = ~(keep & whole).any(3, keepdim=True) & whole.any(3, keepdim=True)
@@ -159,7 +161,9 @@ def _head_linear(x: Tensor, weight: Tensor) -> Tensor:
     if x.shape[1] == weight.shape[0]:
         return torch.einsum("bhnc,hcd->bhnd", x, weight)
     grouped = weight.unflatten(0, (x.shape[1], -1))
-    return torch.einsum("bknc,kgcd->bkgnd", x, grouped).flatten(1, 2)
+    mapped: Tensor = torch.einsum("bknc,kgcd->bkgnd", x, grouped)
+    flat: Tensor = mapped.flatten(1, 2)
+    return flat
 
 
 def _scores(q: Tensor, k: Tensor) -> Tensor:
@@ -225,7 +229,9 @@ class SeerGate(nn.Module):
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         _initialise(list(self.parameters()), init, generator)
 
-    def forward(self, q_pooled: Tensor, k_pooled: Tensor, rotary: Rotary, layer: int, block: int, offset: int = 0) -> Tensor:
+    def forward(
+        self, q_pooled: Tensor, k_pooled: Tensor, rotary: Rotary, layer: int, block: int, offset: int = 0
+    ) -> Tensor:
         """G float32 ``[B, H, nq, nk]``, nothing hidden.
 
         Args:
@@ -303,11 +309,70 @@ def load_gate(gate: nn.Module, tensors: dict[str, Tensor], prefix: str) -> nn.Mo
     return gate.requires_grad_(False)
 
 
-def check_width(gate_dim: int) -> None:
-    """Refuse gates that cannot be rotated.
+# -- what a policy sees is rotated: undo it --------------------------------------------------------------------------------
 
-    Raises:
-        InputError: the width is odd.
+_CHUNK = 4096  # rows unrotated at a time: the float32 copy stays small
+
+
+def position_shift(layer: LayerView) -> Tensor | None:
+    """How much row numbers (dropped rows counted) exceed token positions, int64 ``[B or 1, 1, 1]``; None: not at all.
+
+    `generate` counts the positions of a left-padded sequence from its first real token, a plain forward from the padding.
     """
-    if gate_dim % 2:
-        raise InputError(f"seerattention: gate_dim must be even to be rotated, got {gate_dim}")
+    given = layer.runtime.position_ids
+    if given is None:
+        return None
+    return (layer.kv.get_seq_length() - 1 - given[..., -1]).view(-1, 1, 1)
+
+
+def token_positions(layer: LayerView, begin: int, end: int, device: torch.device) -> Tensor:
+    """Positions of rows ``[begin, end)`` of a layer, broadcastable to ``[B, Hkv, end − begin]``."""
+    kv, shift = layer.kv, position_shift(layer)
+    rows = kv.positions[:, :, begin:end].long().to(device) if kv.dropped else torch.arange(begin, end, device=device)
+    return rows if shift is None else rows - shift.to(device)
+
+
+def pooled_keys(
+    layer: LayerView, key: Tensor, begin: int, end: int, block: int, pools: Sequence[str], rotary: Rotary
+) -> Tensor:
+    """`block_pools` of the unrotated rows ``[begin, end)`` of rotated keys ``[B, Hkv, S, D]``; `begin` starts a block."""
+    step, parts = max(1, _CHUNK // block) * block, []
+    for low in range(begin, max(end, begin + 1), step):
+        high = min(low + step, end)
+        positions = token_positions(layer, low, high, key.device)
+        plain = rotary.plain(key[:, :, low:high].float(), layer.index, positions)
+        starts = None if layer.starts is None else (layer.starts.to(key.device) - low).clamp_min(0)
+        parts.append(block_pools(plain, block, pools, starts))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def unrotated_queries(layer: LayerView, query: Tensor, rotary: Rotary, row: int) -> tuple[Tensor, Tensor]:
+    """Queries ``[B, H, T, D]`` of the rows from `row` on before their rotation, float32, and their positions
+    (broadcastable to ``[B, H, T]``)."""
+    first = row + layer.kv.dropped
+    positions = torch.arange(first, first + query.shape[2], device=query.device)
+    shift = position_shift(layer)
+    if shift is not None:
+        positions = positions - shift.to(query.device)
+    return rotary.plain(query.float(), layer.index, positions), positions
+
+
+class BlockStore(Derived):
+    """One row for each whole block of a layer, ``[B, Hkv, blocks, W]``; storage grows by doubling."""
+
+    data: Tensor | None = None
+
+    def extend(self, length: int, block: int, make: Callable[[int, int], Tensor]) -> Tensor:
+        """Rows of all whole blocks among the first `length` rows; those missing are made by ``make(begin, end)``."""
+        done, blocks = self.rows // block, length // block
+        if self.data is None or blocks > done:
+            fresh, old = make(done * block, blocks * block), self.data
+            if old is None or old.shape[2] < blocks:
+                with torch.inference_mode(False):  # to be written in any mode
+                    self.data = fresh.new_empty(*fresh.shape[:2], max(64, 2 * blocks), fresh.shape[3])
+                if old is not None:
+                    self.data[:, :, :done] = old[:, :, :done]
+            assert self.data is not None
+            self.data[:, :, done:blocks] = fresh[:, :, : blocks - done]
+        self.rows = blocks * block
+        return self.data[:, :, :blocks]

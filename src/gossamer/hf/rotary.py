@@ -117,7 +117,9 @@ class Rotary:
         except (TypeError, RuntimeError, ValueError, AttributeError, KeyError, StopIteration) as error:
             raise ModelError(f"{type(self.module).__name__} cannot be made {width} channels wide: {error}") from None
         if made > width:
-            raise ModelError(f"{type(self.module).__name__} takes its width from elsewhere: use gates as wide as the heads")
+            raise ModelError(
+                f"{type(self.module).__name__} takes its width from elsewhere: use gates as wide as the heads"
+            )
         return other
 
     def _call(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,9 @@ from gossamer.ops import _checks
 from gossamer.ops._dispatch import DTYPE_CODES, native, resolve, triton_call
 
 _OP = "pooled_attention"
-_HIDDEN = torch.finfo(torch.float32).min  # not -inf: a row that sees nothing must stay finite, it is set to 0 afterwards
+_HIDDEN = torch.finfo(
+    torch.float32
+).min  # not -inf: a row that sees nothing must stay finite, it is set to 0 afterwards
 _ROWS = 256  # query rows of a strip of the reference
 
 
