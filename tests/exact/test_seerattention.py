@@ -499,10 +499,10 @@ def test_the_live_loss_is_the_cached_loss() -> None:
     want = 0.0
     for i, (gate, s) in enumerate(zip(layers, collector.prefill_samples, strict=True)):
         scores = gate(torch.cat(s.query), torch.cat(s.key), rotary, i, 8)
-        want += 10 * float(distill.gate_loss(scores, torch.cat(s.target).float(), visible, "kl"))
+        want += 10 * distill.gate_loss(scores, torch.cat(s.target).float(), visible, "kl").item()
     with distill.GateTraining(model, method, layers) as training:
         model(ids(2, 61), use_cache=False)
-        assert float(training.loss()) == pytest.approx(want, rel=1e-2)  # targets kept in bfloat16
+        assert training.loss().item() == pytest.approx(want, rel=1e-2)  # targets kept in bfloat16
 
 
 def test_fine_tuning_computes_the_chosen_blocks_and_trains_everything() -> None:
@@ -644,7 +644,7 @@ def test_calibration_refuses_what_it_cannot_learn_from() -> None:
         with pytest.raises(ModelError, match="unrotated"):
             method.calibrate(model, ids(2, 50))
     with pytest.raises(CalibrationError, match="lower lr"):
-        SeerAttention(block_size=8, steps=50, lr=1e30, warmup=0).calibrate(MODEL, ids(2, 50))
+        SeerAttention(block_size=8, steps=5, lr=1e37, warmup=0).calibrate(MODEL, ids(2, 50))
 
 
 def test_training_refuses_what_it_cannot_do() -> None:

@@ -69,7 +69,7 @@ def block_pools(x: Tensor, block: int, pools: Sequence[str], starts: Tensor | No
     real = (token < length)[None]
     if starts is not None:
         real = real & (token >= starts[:, None])
-    real = real.view(-1, 1, blocks.shape[2], block, 1)
+    real = real.view(len(real), 1, blocks.shape[2], block, 1)
     count, parts = real.sum(3), {}
     if "avg" in pools:
         parts["avg"] = blocks.masked_fill(~real, 0.0).sum(3) / count.clamp_min(1)
