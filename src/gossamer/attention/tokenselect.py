@@ -47,7 +47,6 @@ from gossamer.registry import register
 Vote = Literal["soft", "raw", "hard"]
 GqaMap = Literal["contiguous", "mod"]
 Parts = tuple[int, int, int]  # n_init, k, n_local
-ADVICE = "use positions='original'"
 
 
 # -- formulas -----------------------------------------------------------------------------------------------------------
@@ -172,7 +171,7 @@ class TokenSelectPolicy(SelectingPolicy, PrefillPolicy):
     def __init__(self, method: TokenSelect, model: nn.Module) -> None:
         super().__init__(frozenset(method.dense_layers))
         self.method = method
-        self.rotary = Rotary(model, "tokenselect", ADVICE) if method.positions == "packed" else None
+        self.rotary = Rotary(model, "tokenselect", "use positions='original'") if method.positions == "packed" else None
         self.lookups = self.hits = 0
         self.last: dict[int, tuple[Tensor, Tensor]] = {}
 

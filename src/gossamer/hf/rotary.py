@@ -1,9 +1,4 @@
-"""A model's own rotary embedding, as rotations that can be undone and made anew at other positions.
-
-Attention policies receive queries and keys after their rotation. A method that needs them before it (gates on unrotated
-states), or at other positions (packed rows, pooled blocks), turns them back and forth here: RoPE is orthogonal, so nothing
-but rounding is lost.
-"""
+"""A model's rotary embedding, undone or moved to other positions: cached keys are stored rotated."""
 
 from __future__ import annotations
 
@@ -33,25 +28,25 @@ class Rotary:
     """A model's own rotary embedding, as rotations by any position.
 
     Args:
-        model: a decoder.
-        method: whose need it is, for the message.
-        advice: what a user can do where it cannot be had, for the message.
+        model: a decoder-only transformers model.
+        who: the method that asks, named in its errors.
+        advice: what to do instead, the end of its errors.
 
     Raises:
         ModelError: the model has none that can be undone (none at all, other layouts, frequencies that vary).
     """
 
-    def __init__(self, model: nn.Module, method: str = "rotary", advice: str = "choose another method") -> None:
+    def __init__(self, model: nn.Module, who: str = "rotary", advice: str = "use another model") -> None:
         views = attention_views(model)
         inside = views[0].module
         found = [m for m in model.modules() if hasattr(m, "rotary_emb") and any(x is inside for x in m.modules())]
         name = type(model).__name__
         if not found or not all(getattr(view.module, "use_rope", True) for view in views):
-            raise ModelError(f"{method}: {name} has no rotary positions in every layer: {advice}")
+            raise ModelError(f"{who}: {name} has no rotary positions in every layer to pack: {advice}")
         self.module: Any = cast(Any, found[-1]).rotary_emb
         kinds: Any = getattr(self.module, "rope_type", "default")
         if {"dynamic", "longrope"} & set(kinds.values() if isinstance(kinds, dict) else [kinds]):
-            raise ModelError(f"{method}: {name} changes its rotary frequencies with the length: {advice}")
+            raise ModelError(f"{who}: {name} changes its rotary frequencies with the length: {advice}")
         config: Any = model.config
         config = config.get_text_config(decoder=True)
         by_type = "layer_type" in inspect.signature(self.module.forward).parameters
@@ -63,7 +58,7 @@ class Rotary:
         except (TypeError, RuntimeError, ValueError, IndexError):
             same = False
         if not same:
-            raise ModelError(f"{method}: {name} rotates its keys in a layout that cannot be undone: {advice}")
+            raise ModelError(f"{who}: {name} rotates its keys in a layout that cannot be packed: {advice}")
 
     def tables(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin float32 ``[*positions, rotary channels]`` of this layer, without the model's scaling of them."""
