@@ -22,11 +22,14 @@ if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
 from gossamer.ops import (  # noqa: E402
     LabelCache,
     append_labels,
+    block_sparse_attention,
     decode_attention,
     label_attention,
     label_scores,
     select_topk,
     use_backend,
+    vertical_slash_attention,
+    vertical_slash_index,
 )
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -315,3 +318,60 @@ def test_no_call_waits_for_the_gpu():
             label_attention(query, key, key, channels, labels, 9)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def prompt(batch, heads, kv_heads, new, rows, dim, dtype, starts):
+    """Queries, and keys and values with NaN in the padding."""
+    query = torch.randn(batch, new, heads, dim).to(dtype).transpose(1, 2)
+    key, value = (cache(batch, kv_heads, rows, dim, dtype) for _ in range(2))
+    for b, start in enumerate(starts.tolist()):
+        for x in (key, value):
+            x[b, :, :start] = math.nan
+    return query, key, value
+
+
+PROMPTS = [  # heads, kv_heads, select heads, new, rows, dim, block, key block
+    (4, 2, 4, 70, 70, 32, 16, 16, F32),
+    (4, 2, 2, 50, 91, 20, 32, 16, BF16),
+    (3, 3, 1, 61, 61, 64, 24, 40, F16),
+    (2, 1, 1, 100, 130, 16, 100, 7, F32),
+]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "select", "new", "rows", "dim", "size", "keys", "dtype"), PROMPTS)
+def test_block_sparse_attention(heads, kv_heads, select, new, rows, dim, size, keys, dtype):
+    starts = ints(0, 33)
+    q, k, v = prompt(2, heads, kv_heads, new, rows, dim, dtype, starts)
+    mask = torch.rand(2, select, -(-new // size), -(-rows // keys)) < 0.5
+    how = {"block_size": size, "key_block_size": keys, "starts": starts, "return_lse": True}
+    check_attention(lambda: block_sparse_attention(q, k, v, mask, **how), dtype)
+    far = 10**8  # beyond the counts anything may stand
+    ids = torch.where(mask, torch.arange(mask.shape[3]), far).sort(-1).values.int()
+    check_attention(lambda: block_sparse_attention(q, k, v, ids, counts=mask.sum(-1).int(), **how), dtype)
+
+
+def test_key_blocks_out_of_range_are_not_read():
+    x = torch.randn(1, 1, 40, 16)
+    ids, counts = ints(-3, 0, 1, 9).view(1, 1, 1, 4), ints(4).view(1, 1, 1)
+    with use_backend("triton"):
+        got = block_sparse_attention(x, x, x, ids, counts=counts, block_size=64, key_block_size=16)
+    with use_backend("reference"):
+        want = block_sparse_attention(
+            x, x, x, ints(0, 1).view(1, 1, 1, 2), counts=counts // 2, block_size=64, key_block_size=16
+        )
+    close(want, got, F32)
+
+
+@pytest.mark.parametrize(
+    ("verticals", "slashes", "size", "dtype"), [(9, 12, 16, F32), (0, 7, 24, BF16), (20, 0, 16, F32), (30, 40, 32, F16)]
+)
+def test_vertical_slash(verticals, slashes, size, dtype):
+    starts, rows = ints(0, 21), 93
+    q, k, v = prompt(2, 4, 2, rows, rows, 24, dtype, starts)
+    columns = torch.randint(0, rows, (2, 4, verticals)).sort(-1).values.int()
+    diagonals = torch.randint(0, rows, (2, 4, slashes)).sort(-1, descending=True).values.int()
+    how = {"block_size": size, "starts": starts, "return_lse": True}
+    check_attention(lambda: vertical_slash_attention(q, k, v, columns, diagonals, **how), dtype)
+    want, got = both(lambda: vertical_slash_index(columns, diagonals, rows, size))
+    for name in ("ranges", "range_counts", "columns", "column_counts"):
+        assert torch.equal(getattr(want, name), getattr(got, name)), name

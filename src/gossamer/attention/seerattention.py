@@ -20,10 +20,10 @@ Decisions where the card leaves room:
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
-from pydantic import AliasChoices, Field, field_validator
+from pydantic import AliasChoices, BeforeValidator, Field, field_validator
 from torch import Tensor, nn
 
 from gossamer import ops
@@ -38,6 +38,7 @@ from gossamer.hf import LayerView, ModelShape, PrefillPolicy, dense_attention, m
 from gossamer.hf.rotary import Rotary
 from gossamer.models import fingerprint
 from gossamer.patterns import Budget, resolve
+from gossamer.patterns.budget import parse
 from gossamer.registry import register
 
 
@@ -128,7 +129,7 @@ class SeerAttention(AttentionMethod):
     0.3
     """
 
-    area: float = Field(
+    area: Annotated[float, BeforeValidator(parse)] = Field(
         0.5,
         gt=0,
         le=1,

@@ -7,14 +7,6 @@
 #pragma once
 #include "parallel.h"
 
-#if defined(__clang__)
-#define GOSSAMER_UNROLL _Pragma("unroll")
-#else
-#define GOSSAMER_UNROLL _Pragma("GCC unroll 16")
-#endif
-
-#define GOSSAMER_LAMBDA __attribute__((always_inline))
-
 namespace gossamer::GOSSAMER_ISA {
 
 // Rows between two updates of the running maximum. Blocks of a dense range are long, so that the hardware prefetchers have a

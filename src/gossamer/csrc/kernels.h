@@ -106,6 +106,38 @@ struct LinearArgs {
   int threads;
 };
 
+// Attention of a prompt over blocks of keys, or over columns and diagonals; queries are the last T of the S positions.
+struct PrefillArgs {
+  const void *query, *key, *value;  // [B,H,T,d], [B,Hkv,S,d] twice
+  void* out;                        // [B,H,T,d], contiguous
+  float* lse;                       // [B,H,T], or null
+  const int32_t* starts;            // [B], or null for 0
+  int64_t q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row;
+  int64_t batch, heads, kv_heads, queries, rows, dim;
+  int64_t block_size;
+  float scale;
+  DType dtype;
+  int threads;
+};
+
+struct BlockSparseArgs {
+  PrefillArgs prefill;
+  const bool* mask;       // [B,Hsel,nq,nk], or null: then
+  const int32_t* blocks;  // [B,Hsel,nq,k], the ids of the first
+  const int32_t* counts;  // [B,Hsel,nq]
+  int64_t b_batch, b_head, b_row;  // strides of mask or blocks
+  int64_t select_heads, columns;   // columns: nk or k
+  int64_t key_block_size;
+};
+
+struct VerticalSlashArgs {
+  PrefillArgs prefill;  // of an index, only sizes
+  const int32_t *verticals, *slashes;  // [B,H,kv], [B,H,ks]
+  int64_t vertical_count, slash_count;
+  int32_t *ranges, *range_counts, *columns, *column_counts;  // outputs of an index: [B,H,nb,R], [B,H,nb], [B,H,nb,kv], [B,H,nb]
+  int64_t max_ranges;
+};
+
 struct PooledArgs {
   const void *query, *key;  // [B,H,T,d], [B,Hkv,S,d]
   float* out;               // [B,H,ceil(T/block),ceil(S/key_block)], contiguous, zeros
@@ -125,8 +157,11 @@ struct Kernels {
   Status (*select_topk)(const SelectArgs&);
   Status (*label_attention)(const LabelAttentionArgs&);
   Status (*linear)(const LinearArgs&);
-  Status (*pooled_attention)(const PooledArgs&);
   float (*read_all)(const float*, int64_t, int);
+  Status (*block_sparse_attention)(const BlockSparseArgs&);
+  Status (*vertical_slash_attention)(const VerticalSlashArgs&);
+  Status (*vertical_slash_index)(const VerticalSlashArgs&);
+  Status (*pooled_attention)(const PooledArgs&);
 };
 
 #define GOSSAMER_DECLARE_KERNELS(isa)                      \
@@ -137,8 +172,11 @@ struct Kernels {
   Status select_topk(const SelectArgs&);                   \
   Status label_attention(const LabelAttentionArgs&);       \
   Status linear(const LinearArgs&);                        \
-  Status pooled_attention(const PooledArgs&);              \
   float read_all(const float* data, int64_t size, int threads); \
+  Status block_sparse_attention(const BlockSparseArgs&);   \
+  Status vertical_slash_attention(const VerticalSlashArgs&); \
+  Status vertical_slash_index(const VerticalSlashArgs&);   \
+  Status pooled_attention(const PooledArgs&);              \
   }
 GOSSAMER_DECLARE_KERNELS(baseline)
 GOSSAMER_DECLARE_KERNELS(avx2)

@@ -18,7 +18,8 @@ namespace {
 #define GOSSAMER_TABLE(isa)                                                                             \
   Kernels {                                                                                             \
     #isa, isa::decode_attention, isa::append_labels, isa::label_scores, isa::select_topk,               \
-        isa::label_attention, isa::linear, isa::pooled_attention, isa::read_all                                                             \
+        isa::label_attention, isa::linear, isa::read_all, isa::block_sparse_attention, isa::vertical_slash_attention, \
+        isa::vertical_slash_index, isa::pooled_attention                                                                       \
   }
 
 // Slowest first; only what this processor can run.
@@ -273,6 +274,53 @@ int linear(intptr_t x, int64_t x_row, intptr_t weight, int64_t w_row, intptr_t b
   return call(active->linear, a);
 }
 
+PrefillArgs prefill_args(const nb::tuple& tensors, const nb::tuple& strides, const nb::tuple& sizes, float scale, int dtype,
+                         int threads) {
+  PrefillArgs a{};
+  Reader t(tensors), r(strides), s(sizes);
+  a.query = t.pointer<void>(), a.key = t.pointer<void>(), a.value = t.pointer<void>();
+  a.out = t.pointer<void>(), a.lse = t.pointer<float>(), a.starts = t.pointer<int32_t>();
+  a.q_batch = r.next(), a.q_head = r.next(), a.q_row = r.next();
+  a.k_batch = r.next(), a.k_head = r.next(), a.k_row = r.next();
+  a.v_batch = r.next(), a.v_head = r.next(), a.v_row = r.next();
+  a.batch = s.next(), a.heads = s.next(), a.kv_heads = s.next(), a.queries = s.next(), a.rows = s.next();
+  a.dim = s.next(), a.block_size = s.next();
+  a.scale = scale, a.dtype = DType(dtype), a.threads = threads;
+  return a;
+}
+
+int block_sparse_attention(nb::tuple tensors, nb::tuple strides, nb::tuple sizes, nb::tuple selection, nb::tuple layout,
+                           float scale, int dtype, int threads) {
+  BlockSparseArgs a{prefill_args(tensors, strides, sizes, scale, dtype, threads)};
+  Reader s(selection), l(layout);
+  a.mask = s.pointer<bool>(), a.blocks = s.pointer<int32_t>(), a.counts = s.pointer<int32_t>();
+  a.b_batch = l.next(), a.b_head = l.next(), a.b_row = l.next();
+  a.select_heads = l.next(), a.columns = l.next(), a.key_block_size = l.next();
+  return call(active->block_sparse_attention, a);
+}
+
+int vertical_slash_attention(nb::tuple tensors, nb::tuple strides, nb::tuple sizes, nb::tuple lists, float scale, int dtype,
+                             int threads) {
+  VerticalSlashArgs a{prefill_args(tensors, strides, sizes, scale, dtype, threads)};
+  Reader l(lists);
+  a.verticals = l.pointer<int32_t>(), a.vertical_count = l.next();
+  a.slashes = l.pointer<int32_t>(), a.slash_count = l.next();
+  return call(active->vertical_slash_attention, a);
+}
+
+int vertical_slash_index(nb::tuple lists, nb::tuple sizes, nb::tuple outputs, int threads) {
+  VerticalSlashArgs a{};
+  Reader l(lists), s(sizes), o(outputs);
+  a.verticals = l.pointer<int32_t>(), a.vertical_count = l.next();
+  a.slashes = l.pointer<int32_t>(), a.slash_count = l.next();
+  a.prefill.batch = s.next(), a.prefill.heads = s.next(), a.prefill.rows = a.prefill.queries = s.next();
+  a.prefill.block_size = s.next(), a.max_ranges = s.next();
+  a.ranges = o.pointer<int32_t>(), a.range_counts = o.pointer<int32_t>();
+  a.columns = o.pointer<int32_t>(), a.column_counts = o.pointer<int32_t>();
+  a.prefill.threads = threads;
+  return call(active->vertical_slash_index, a);
+}
+
 int pooled_attention(nb::tuple tensors, nb::tuple strides, nb::tuple sizes, float scale, int dtype, int threads) {
   PooledArgs a{};
   Reader t(tensors), r(strides), s(sizes);
@@ -313,6 +361,9 @@ NB_MODULE(_native, m) {
   m.def("linear", &linear);
   m.def("pooled_attention", &pooled_attention);
   m.def("read_all", &read_all);
+  m.def("block_sparse_attention", &block_sparse_attention);
+  m.def("vertical_slash_attention", &vertical_slash_attention);
+  m.def("vertical_slash_index", &vertical_slash_index);
   nb::class_<Prepared>(m, "Prepared")
       .def(nb::init<nb::tuple, nb::tuple, nb::tuple, int>())
       .def("set_labels", &Prepared::set_labels)

@@ -19,6 +19,13 @@
 #endif
 
 #define GOSSAMER_INLINE inline __attribute__((always_inline))
+#if defined(__clang__)
+#define GOSSAMER_UNROLL _Pragma("unroll")
+#else
+#define GOSSAMER_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+#define GOSSAMER_LAMBDA __attribute__((always_inline))
 
 namespace gossamer::GOSSAMER_ISA {
 

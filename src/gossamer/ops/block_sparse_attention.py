@@ -15,9 +15,11 @@ from torch import Tensor
 
 from gossamer.errors import InputError
 from gossamer.ops import _checks
+from gossamer.ops._dispatch import DTYPE_CODES, native, resolve, triton_call
 from gossamer.ops._masked import masked_attention
 
 _OP = "block_sparse_attention"
+_GPU = "prefill_attention"
 _STATUS = {
     1: "starts must lie in 0 .. number of rows",
     2: "blocks must hold ids of key blocks, each line ascending, none twice",
@@ -185,6 +187,38 @@ def _reference(
     return masked_attention(query, key, value, mask, starts, scale, step=block_size)
 
 
+def _run_native(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: Tensor,
+    counts: Tensor | None,
+    block_size: int,
+    key_block_size: int,
+    starts: Tensor | None,
+    scale: float,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    batch, heads, new, dim = query.shape
+    query, key, value, blocks = map(_checks.row_major, (query, key, value, blocks))
+    out = query.new_empty((batch, heads, new, dim))
+    lse = query.new_empty((batch, heads, new) if return_lse else (0,), dtype=torch.float32)
+    here = _checks.pointer(blocks)
+    status = native().block_sparse_attention(
+        (*map(_checks.pointer, (query, key, value, out, lse, starts)),),
+        (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3]),
+        (batch, heads, key.shape[1], new, key.shape[2], dim, block_size),
+        (here if counts is None else 0, 0 if counts is None else here, _checks.pointer(counts)),
+        (*blocks.stride()[:3], blocks.shape[1], blocks.shape[3], key_block_size),
+        scale,
+        DTYPE_CODES[query.dtype],
+        torch.get_num_threads(),
+    )
+    if status:
+        raise InputError(f"{_OP}: {_STATUS[status]}")
+    return out, lse
+
+
 def _run(
     query: Tensor,
     key: Tensor,
@@ -197,7 +231,11 @@ def _run(
     scale: float,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    out, lse = _reference(query, key, value, blocks, counts, block_size, key_block_size, starts, scale)
+    backend = resolve(_OP, _GPU, query, key, value)
+    if backend == "native":
+        return _run_native(query, key, value, blocks, counts, block_size, key_block_size, starts, scale, return_lse)
+    call = triton_call(_OP, _GPU) if backend == "triton" else _reference
+    out, lse = call(query, key, value, blocks, counts, block_size, key_block_size, starts, scale)
     return out, lse.float() if return_lse else query.new_empty((0,), dtype=torch.float32)
 
 

@@ -25,9 +25,11 @@ from torch import Tensor
 
 from gossamer.errors import InputError
 from gossamer.ops import _checks
+from gossamer.ops._dispatch import DTYPE_CODES, native, resolve, triton_call
 from gossamer.ops._masked import causal, masked_attention
 
 _OP = "vertical_slash_attention"
+_GPU = "prefill_attention"
 _INDEX = "vertical_slash_index"
 _STATUS = {
     1: "starts must lie in 0 .. number of rows",
@@ -293,6 +295,35 @@ def _reference(
     return masked_attention(query, key, value, index._mask, starts, scale, step=block_size)
 
 
+def _run_native(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    verticals: Tensor,
+    slashes: Tensor,
+    block_size: int,
+    starts: Tensor | None,
+    scale: float,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    batch, heads, new, dim = query.shape
+    query, key, value = map(_checks.row_major, (query, key, value))
+    out = query.new_empty((batch, heads, new, dim))
+    lse = query.new_empty((batch, heads, new) if return_lse else (0,), dtype=torch.float32)
+    status = native().vertical_slash_attention(
+        (*map(_checks.pointer, (query, key, value, out, lse, starts)),),
+        (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3]),
+        (batch, heads, key.shape[1], new, new, dim, block_size),
+        (verticals.data_ptr(), verticals.shape[2], slashes.data_ptr(), slashes.shape[2]),
+        scale,
+        DTYPE_CODES[query.dtype],
+        torch.get_num_threads(),
+    )
+    if status:
+        raise InputError(f"{_OP}: {_STATUS[status]}")
+    return out, lse
+
+
 def _run(
     query: Tensor,
     key: Tensor,
@@ -304,14 +335,35 @@ def _run(
     scale: float,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    out, lse = _reference(query, key, value, verticals, slashes, block_size, starts, scale)
+    backend = resolve(_OP, _GPU, query, key, value)
+    if backend == "native":
+        return _run_native(query, key, value, verticals, slashes, block_size, starts, scale, return_lse)
+    call = triton_call(_OP, _GPU) if backend == "triton" else _reference
+    out, lse = call(query, key, value, verticals, slashes, block_size, starts, scale)
     return out, lse.float() if return_lse else query.new_empty((0,), dtype=torch.float32)
 
 
 def _run_index(
     verticals: Tensor, slashes: Tensor, length: int, block_size: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _index_reference(verticals, slashes, length, block_size)
+    kind = resolve(_INDEX, _GPU, verticals.new_empty(0, dtype=torch.float32))  # it looks at a float dtype
+    if kind == "triton":
+        return triton_call(_INDEX, _GPU)(verticals, slashes, length, block_size)  # type: ignore[no-any-return]
+    if kind == "reference":
+        return _index_reference(verticals, slashes, length, block_size)
+    lines, width = (*verticals.shape[:2], -(-length // block_size)), verticals.shape[2]
+    ranges = torch.empty((*lines, min(slashes.shape[2], lines[2])), dtype=torch.int32)
+    columns = torch.empty((*lines, width), dtype=torch.int32)
+    range_counts, column_counts = (torch.empty(lines, dtype=torch.int32) for _ in range(2))
+    status = native().vertical_slash_index(
+        (verticals.data_ptr(), width, slashes.data_ptr(), slashes.shape[2]),
+        (lines[0], lines[1], length, block_size, ranges.shape[3]),
+        (ranges.data_ptr(), range_counts.data_ptr(), columns.data_ptr(), column_counts.data_ptr()),
+        torch.get_num_threads(),
+    )
+    if status:
+        raise InputError(f"{_INDEX}: {_STATUS[status]}")
+    return ranges, range_counts, columns, column_counts
 
 
 _custom = torch.library.custom_op("gossamer::vertical_slash_attention", _run, mutates_args=())
