@@ -58,7 +58,7 @@ class Reproduction:
 
 
 #: Modules of this folder that hold a `REPRODUCTION`.
-_MODULES = ("a2sf", "double_sparsity", "hip_attention", "tidaldecode", "tokenselect")
+_MODULES = ("a2sf", "double_sparsity", "hip_attention", "seerattention", "tidaldecode", "tokenselect")
 
 
 def reproductions() -> dict[str, Reproduction]:
