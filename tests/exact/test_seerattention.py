@@ -280,7 +280,9 @@ def test_everything_kept_is_dense(change: dict[str, Any]) -> None:
         assert handle.report()["prefill_area"] == 1.0
         stream = Stream(length=61)
         got = stream.feed(handle, 61, mask=mask)
-    want = dense_attention(*(x[0] for x in (stream.query, stream.key, stream.value)), 0.25, starts=torch.tensor([0, 19]))
+    want = dense_attention(
+        *(x[0] for x in (stream.query, stream.key, stream.value)), 0.25, starts=torch.tensor([0, 19])
+    )
     torch.testing.assert_close(got[0, 0], want[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(got[0, 1, :, 19:], want[1, :, 19:], atol=1e-5, rtol=1e-5)
 
@@ -338,7 +340,9 @@ def test_the_gate_sees_states_before_rotation() -> None:
         q, k = (raw[n].view(2, 50, -1, 16).transpose(1, 2) for n in ("q", "k"))
         starts = torch.tensor([0, 13])
         gate = policy.gates[1]
-        want = gate(block_pools(q, 8, ("avg",), starts), block_pools(k, 8, ("max", "min", "avg"), starts), policy.wide, 1, 8)
+        want = gate(
+            block_pools(q, 8, ("avg",), starts), block_pools(k, 8, ("max", "min", "avg"), starts), policy.wide, 1, 8
+        )
     seen = visible_blocks(50, 50, 8, starts, q.device).expand_as(want)
     torch.testing.assert_close(pooled["G"][seen], want[seen], atol=1e-4, rtol=1e-4)
 
@@ -536,7 +540,9 @@ def test_training_on_the_live_model_lowers_the_loss(fine_tune: bool) -> None:
     layers = [method.prefill_gate(model_shape(model)) for _ in range(2)]
     batches = itertools.repeat(ids(4, 64))
     with distill.GateTraining(model, method, layers, fine_tune=fine_tune) as training:
-        losses = distill.train_live(training, batches, 12, lr=3e-3, warmup=2, schedule="linear" if fine_tune else "cosine")
+        losses = distill.train_live(
+            training, batches, 12, lr=3e-3, warmup=2, schedule="linear" if fine_tune else "cosine"
+        )
     assert len(losses) == 12
     assert losses[-1] < losses[0]
 
@@ -616,7 +622,10 @@ def test_gates_that_do_not_fit_are_refused() -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(CalibrationError, match="not finite"):
         changed(prefill__1__wk=torch.full((4, 48, 16), math.nan))
-    tensors = {f"prefill.0.{n}": torch.full_like(p, math.inf) for n, p in method.prefill_gate(model_shape(MODEL)).named_parameters()}
+    tensors = {
+        f"prefill.0.{n}": torch.full_like(p, math.inf)
+        for n, p in method.prefill_gate(model_shape(MODEL)).named_parameters()
+    }
     with pytest.raises(CalibrationError, match="not finite"):
         gates.load_gate(method.prefill_gate(model_shape(MODEL)), tensors, "prefill.0")
     assert MODEL.config._attn_implementation == "sdpa"
@@ -670,7 +679,9 @@ class TestSeerAttention(AttentionContract):
     """The decode variant keeps the family's contract; blocks are counted from row 0, so padding moves them."""
 
     cases: ClassVar[list[Case]] = [
-        Case("seerattention", {**DECODE, "tokens": 12}, exact_count=False, row_wise=False, learn={**DECODE, "steps": 3}),
+        Case(
+            "seerattention", {**DECODE, "tokens": 12}, exact_count=False, row_wise=False, learn={**DECODE, "steps": 3}
+        ),
         Case(
             "seerattention",
             {**DECODE, "decode_threshold": 0.12},

@@ -30,6 +30,7 @@ def test_kernels_compile_for_an_h100(tmp_path):
         "_merge",
         "_select",
         "_append",
+        "_pool",
         "_score",
         "_prefill",
         "_compact",
@@ -45,6 +46,7 @@ def main():
 
     from gossamer.gpu.decode_attention import decode_attention
     from gossamer.gpu.labels import append_labels, label_scores
+    from gossamer.gpu.pooled_attention import pooled_attention
     from gossamer.gpu.prefill_attention import block_sparse_attention, vertical_slash_attention
     from gossamer.gpu.select_topk import select_topk
     from gossamer.ops import LabelCache
@@ -81,6 +83,8 @@ def main():
         blocks = torch.ones(2, 4, 4, 32, dtype=torch.bool)
         block_sparse_attention(prompt, key, key, blocks, None, 64, 64, ids(2), 1.0)
         vertical_slash_attention(key, key, key, ids(2, 4, 30), ids(2, 4, 99), 64, None, 1.0)
+        pooled_attention(prompt, key, 64, 64, starts=ids(2), scale=1.0)
+        pooled_attention(prompt, key, 1, 128, scale=1.0)
     decode_attention(query, key, key, indices=ids(2, 16, 64), scale=1.0)
     block_sparse_attention(prompt[:, :, :64], key, key, ids(2, 16, 4, 9), ids(2, 16, 4), 16, 128, None, 1.0)
     select_topk(torch.zeros(2, 4, 500), 256, starts=ids(2), lengths=ids(2))

@@ -170,7 +170,7 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
     """q̂ k̂ᵀ / √Dg for ``[B, H, n, Dg]`` and ``[B, H or Hkv, m, Dg]``, keys not repeated: ``[B, H, n, m]``."""
     grouped = q.unflatten(1, (k.shape[1], -1))
     scores: Tensor = torch.einsum("bkgnd,bkmd->bkgnm", grouped, k).flatten(1, 2)
-    return scores / q.shape[-1] ** 0.5
+    return scores / math.sqrt(q.shape[-1])
 
 
 def _block_positions(blocks: int, block: int, offset: int, device: torch.device) -> Tensor:

@@ -44,7 +44,7 @@ def fixed_scores(kind: Kind, query: Tensor, key: Tensor, scale: float) -> Tensor
         return ops.pooled_attention(query, key, BLOCK, scale=scale)
     at = torch.arange(n, device=device)
     if kind == "window":  # the row's own block, the first block, then the nearest
-        scores = (at - at[:, None]).float().expand(*query.shape[:2], n, n).clone()
+        scores: Tensor = (at - at[:, None]).float().expand(*query.shape[:2], n, n).clone()
         scores[..., 0] = 0.5
         scores.diagonal(dim1=2, dim2=3).fill_(1.0)
         return scores
@@ -183,7 +183,9 @@ def _experiment(progress: Progress) -> Outcome:
     return _outcome(recall, loss, echo, of_targets, history)
 
 
-def _outcome(recall: Any, loss: Any, echo: dict[str, float], of_targets: Any, history: dict[str, list[float]]) -> Outcome:
+def _outcome(
+    recall: Any, loss: Any, echo: dict[str, float], of_targets: Any, history: dict[str, list[float]]
+) -> Outcome:
     kept = {way: sum(values) / len(values) for way, values in recall.items()}
     ppl = {way: math.exp(sum(values) / len(values)) for way, values in loss.items()}
     gate, mean, window, oracle = (kept[kind, 0.3] for kind in ("gate", "mean", "window", "oracle"))
