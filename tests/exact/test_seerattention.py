@@ -525,7 +525,7 @@ def test_fine_tuning_computes_the_chosen_blocks_and_trains_everything() -> None:
         plain = training.losses.copy()
         loss = training.loss(logits, ids(2, 50))
         entropy = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids(2, 50)[:, 1:].flatten())
-        assert float(loss) == pytest.approx(float(entropy) + 10 * sum(float(x) for x in plain.values()), rel=1e-5)
+        assert loss.item() == pytest.approx(entropy.item() + 10 * sum(x.item() for x in plain.values()), rel=1e-5)
         loss.backward()
     grads = {name: p.grad for name, p in model.named_parameters()}
     assert all(g is not None and g.isfinite().all() for g in grads.values())
@@ -562,6 +562,32 @@ def test_distillation_learns_and_is_deterministic(tmp_path: Path) -> None:
             want = MODEL(ids(1, 80)).logits
         with method.attach(MODEL, loaded):
             assert torch.equal(MODEL(ids(1, 80)).logits, want)
+
+
+def test_the_command_distils(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from gossamer import cli
+
+    class Loaded:
+        name, model = "tiny", MODEL
+
+        @staticmethod
+        def tokenizer(text: str, **_: Any) -> dict[str, list[int]]:
+            return {"input_ids": [ord(c) % 255 + 1 for c in text[:9000]]}
+
+    monkeypatch.setattr(cli, "_load", lambda *a: Loaded)
+    path = tmp_path / "gates.safetensors"
+    command = ["calibrate", "seerattention", "tiny", "-o", str(path), "--blocks", "2", "--length", "64"]
+    monkeypatch.setattr("sys.argv", ["gossamer", *command, "--set", "block_size=8", "--set", "steps=2"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code in (0, None)
+    assert "wrote" in capsys.readouterr().out
+    calibration = Calibration.load(path)
+    assert calibration.facts["length"] == 64
+    with torch.no_grad(), SeerAttention(**SMALL).attach(MODEL, calibration):
+        assert MODEL(ids(1, 40)).logits.isfinite().all()
 
 
 def test_schedule() -> None:
