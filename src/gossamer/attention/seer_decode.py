@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gossamer import ops
-from gossamer.attention.seer_gate import BlockStore, SeerDecodeGate, pooled_keys, token_positions, unrotated_queries
+from gossamer.attention.seer_gate import BlockStore, SeerDecodeGate, pooled_keys, query_positions, token_positions
 from gossamer.hf import LayerView, SelectingPolicy
 from gossamer.hf.rotary import Rotary
 
@@ -97,7 +97,8 @@ class SeerDecodePolicy(SelectingPolicy):
         m, gate = self.method, self.gates[layer.index]
         whole = (length - 1) // m.block_size  # blocks that end before the current token's
         keys = self.compressed(layer)[:, :, :whole]
-        plain, positions = unrotated_queries(layer, query[:, :, None], self.rotary, length - 1)
+        positions = query_positions(layer, 1, length - 1, query.device)
+        plain = self.rotary.plain(query[:, :, None].float(), layer.index, positions)
         gate_query = gate.query(plain, self.wide, layer.index, positions)
         scores = (gate_query @ keys.transpose(2, 3)).squeeze(2)
         first = None if layer.starts is None else layer.starts.to(query.device, torch.int32) // m.block_size

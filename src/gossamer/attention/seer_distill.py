@@ -36,7 +36,8 @@ from gossamer.attention.seer_gate import (
     block_pools,
     choose_blocks,
     pooled_keys,
-    unrotated_queries,
+    pooled_states,
+    query_positions,
     visible_blocks,
 )
 from gossamer.calibration import Calibration
@@ -137,11 +138,11 @@ class Collector(PrefillPolicy):
             raise CalibrationError(
                 f"seerattention: attention states of layer {layer.index} are not finite: check the model"
             )
-        plain, _ = unrotated_queries(layer, query, self.rotary, 0)
+        positions = query_positions(layer, length, 0, query.device)
         pooled = pooled_keys(layer, key, 0, length, block, self.gate.k_pools, self.rotary)
         if self.method.served("prefill"):
             samples = self.prefill_samples[layer.index]
-            samples.query.append(block_pools(plain, block, self.gate.q_pools))
+            samples.query.append(pooled_states(layer, query, positions, 0, block, self.gate.q_pools, self.rotary))
             samples.key.append(pooled)
             samples.target.append(ground_truth(query, key, block, scale=layer.scale).bfloat16())
         if self.method.served("decode"):
@@ -149,7 +150,8 @@ class Collector(PrefillPolicy):
             half = length // 2
             rows = torch.linspace(half, length - 1, min(DECODE_ROWS, length - half), device=query.device).long()
             truth = decode_ground_truth(query[:, :, half:], key, block, None, layer.scale)
-            samples.query.append(plain[:, :, rows].to(query.dtype))
+            plain = self.rotary.plain(query[:, :, rows].float(), layer.index, positions[..., rows])
+            samples.query.append(plain.to(query.dtype))
             samples.key.append(pooled)
             samples.target.append(truth[:, :, rows - half].bfloat16())
             samples.rows = rows

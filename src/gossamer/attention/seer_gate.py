@@ -63,14 +63,18 @@ def block_pools(x: Tensor, block: int, pools: Sequence[str], starts: Tensor | No
     >>> block_pools(torch.tensor([1.0, 3.0, 5.0]).view(1, 1, 3, 1), 2, ("max", "avg"))[0, 0].tolist()
     [[3.0, 2.0], [5.0, 5.0]]
     """
-    length = x.shape[2]
+    length, parts = x.shape[2], {}
+    if starts is None and length % block == 0:
+        whole = x.float().unflatten(2, (length // block, block))
+        found = {"avg": whole.mean, "max": whole.amax, "min": whole.amin}
+        return torch.cat([found[pool](3) for pool in pools], 3)
     blocks = F.pad(x.float(), (0, 0, 0, -length % block)).unflatten(2, (-(-length // block), block))
     token = torch.arange(blocks.shape[2] * block, device=x.device)
     real = (token < length)[None]
     if starts is not None:
         real = real & (token >= starts[:, None])
     real = real.view(len(real), 1, blocks.shape[2], block, 1)
-    count, parts = real.sum(3), {}
+    count = real.sum(3)
     if "avg" in pools:
         parts["avg"] = blocks.masked_fill(~real, 0.0).sum(3) / count.clamp_min(1)
     if "max" in pools:
@@ -312,7 +316,7 @@ def load_gate(gate: nn.Module, tensors: dict[str, Tensor], prefix: str) -> nn.Mo
 
 # -- what a policy sees is rotated: undo it --------------------------------------------------------------------------------
 
-_CHUNK = 4096  # rows unrotated at a time: the float32 copy stays small
+_CHUNK = 512  # rows unrotated at a time: their copies stay in the cache
 
 
 def position_shift(layer: LayerView) -> Tensor | None:
@@ -333,29 +337,36 @@ def token_positions(layer: LayerView, begin: int, end: int, device: torch.device
     return rows if shift is None else rows - shift.to(device)
 
 
-def pooled_keys(
-    layer: LayerView, key: Tensor, begin: int, end: int, block: int, pools: Sequence[str], rotary: Rotary
+def pooled_states(
+    layer: LayerView, x: Tensor, positions: Tensor, first: int, block: int, pools: Sequence[str], rotary: Rotary
 ) -> Tensor:
-    """`block_pools` of the unrotated rows ``[begin, end)`` of rotated keys ``[B, Hkv, S, D]``; `begin` starts a block."""
+    """`block_pools` of rotated states ``[B, H, T, D]`` before their rotation; the first starts a block.
+
+    Args:
+        positions: of the states, broadcastable to ``[B, H, T]``.
+        first: row of the first state, where left padding is left out.
+    """
     step, parts = max(1, _CHUNK // block) * block, []
-    for low in range(begin, max(end, begin + 1), step):
-        high = min(low + step, end)
-        positions = token_positions(layer, low, high, key.device)
-        plain = rotary.plain(key[:, :, low:high].float(), layer.index, positions)
-        starts = None if layer.starts is None else (layer.starts.to(key.device) - low).clamp_min(0)
+    for low in range(0, max(x.shape[2], 1), step):
+        plain = rotary.plain(x[:, :, low : low + step].float(), layer.index, positions[..., low : low + step])
+        starts = None if layer.starts is None else (layer.starts.to(x.device) - first - low).clamp_min(0)
         parts.append(block_pools(plain, block, pools, starts))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
-def unrotated_queries(layer: LayerView, query: Tensor, rotary: Rotary, row: int) -> tuple[Tensor, Tensor]:
-    """Queries ``[B, H, T, D]`` of the rows from `row` on before their rotation, float32, and their positions
-    (broadcastable to ``[B, H, T]``)."""
-    first = row + layer.kv.dropped
-    positions = torch.arange(first, first + query.shape[2], device=query.device)
-    shift = position_shift(layer)
-    if shift is not None:
-        positions = positions - shift.to(query.device)
-    return rotary.plain(query.float(), layer.index, positions), positions
+def pooled_keys(
+    layer: LayerView, key: Tensor, begin: int, end: int, block: int, pools: Sequence[str], rotary: Rotary
+) -> Tensor:
+    """`pooled_states` of the rows ``[begin, end)`` of the layer's keys ``[B, Hkv, S, D]``; `begin` starts a block."""
+    positions = token_positions(layer, begin, end, key.device)
+    return pooled_states(layer, key[:, :, begin:end], positions, begin, block, pools, rotary)
+
+
+def query_positions(layer: LayerView, new: int, row: int, device: torch.device) -> Tensor:
+    """Positions of `new` queries from `row` on, broadcastable to ``[B, H, new]``."""
+    first, shift = row + layer.kv.dropped, position_shift(layer)
+    positions = torch.arange(first, first + new, device=device)
+    return positions if shift is None else positions - shift.to(device)
 
 
 class BlockStore(Derived):

@@ -75,9 +75,8 @@ class SeerPolicy(PrefillPolicy):
         if length % block:
             k = torch.cat([k, make(length // block * block, length)], 2)
         offset = length - query.shape[2]
-        starts = None if layer.starts is None else (layer.starts.to(query.device) - offset).clamp_min(0)
-        plain, _ = gates.unrotated_queries(layer, query, self.rotary, offset)
-        q = gates.block_pools(plain, block, gate.q_pools, starts)
+        positions = gates.query_positions(layer, query.shape[2], offset, query.device)
+        q = gates.pooled_states(layer, query, positions, offset, block, gate.q_pools, self.rotary)
         scored: Tensor = gate(q, k, self.wide, layer.index, block, offset)
         return scored
 
