@@ -21,11 +21,12 @@ from gossamer.attention.seer_decode import SeerDecodePolicy, rows_of_blocks
 from gossamer.attention.seer_gate import SeerGate, block_pools, choose_blocks, pair_counts, parse_gate, visible_blocks
 from gossamer.attention.seerattention import SeerAttention
 from gossamer.calibration import Calibration
-from gossamer.errors import CalibrationError, InputError, ModelError
+from gossamer.errors import CalibrationError, InputError, ModelError, RecipeError
 from gossamer.hf import model_shape
 from gossamer.hf.attention import dense_attention
 from gossamer.hf.rotary import Rotary
 from gossamer.models import tiny_model
+from gossamer.recipe import Recipe
 from gossamer.registry import make
 from gossamer.testing import AttentionContract, Case, Stream
 
@@ -399,6 +400,27 @@ def test_families_generate(family: str) -> None:
         assert 0.2 < handle.report()["prefill_area"] < 1
         assert handle.report()["rows_kept"] < 1
     assert model(ids(1, 5)).logits.isfinite().all()
+
+
+def test_bfloat16_models() -> None:
+    model = tiny_model("qwen2").bfloat16()
+    method = SeerAttention(**SMALL, area=0.4, phases="both", tokens=16)
+    with method.attach(model, learned(method, model)):
+        assert model.generate(ids(1, 50), max_new_tokens=4).shape == (1, 54)
+        assert model(ids(1, 50)).logits.isfinite().all()
+
+
+def test_it_stacks_with_a_decode_method_and_claims_what_it_serves() -> None:
+    method, quest = SeerAttention(**SMALL, area=0.4), make("quest", tokens=16, page_size=4)
+    with Recipe.of((method, random_gates(method)), quest).attach(MODEL) as handle:
+        MODEL.generate(ids(1, 50), max_new_tokens=4)
+        report = handle.report()
+        assert report["prefill_area"] < 1
+        assert report["rows_kept"] < 1
+    both = SeerAttention(**SMALL, phases="both")
+    with pytest.raises(RecipeError, match="both claim attention in decode"):
+        Recipe.of((both, random_gates(both)), quest).attach(MODEL)
+    assert MODEL.config._attn_implementation == "sdpa"
 
 
 # -- decode -----------------------------------------------------------------------------------------------------------
