@@ -31,6 +31,11 @@ API = {
     "Measuring": ("measure", "reproductions"),
 }
 RAW_LINES = 250
+READS = (
+    "Two heads of layer 13 of SmolLM2 over 256 tokens of prose, at an eighth of what dense attention spends: a row is a query, a "
+    "column a key, and the darker, the more weight dense attention gives (logarithmic). Orange is what this method read. "
+    "`docs/pictures.py` draws it."
+)
 
 
 def write(path: Path, text: str) -> None:
@@ -200,6 +205,8 @@ def page(slug: str, system: System | None, cls: type[Method] | None, results: Pa
         alone = sum(other.__module__ == cls.__module__ for other in methods().values()) == 1
         if alone and module.__doc__:
             parts += ["### Formulas", prose(module.__doc__)]
+        if (HERE / "_static" / "reads" / f"{slug}.png").is_file():
+            parts += ["### What it reads", f"![What {slug} reads](../_static/reads/{slug}.png)", READS]
         parts += ["### Settings", settings(cls), "### Use", usage(cls)]
     if system and system.claims:
         parts += [

@@ -29,6 +29,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+#: Tasks of a study: a needle, and three of RULER's kinds.
+STUDY_TASKS = "passkey,needle_kv,multi_needle,variable_tracking"
+
 out, err = Console(), Console(stderr=True)
 _debug = False
 
@@ -99,6 +102,11 @@ def _emit(rows: Sequence[dict[str, Any]], format_: Format, right: Sequence[str] 
             print("| " + " | ".join(str(value).replace("|", "\\|") for value in row.values()) + " |")
     else:
         _table(rows, right=right)
+
+
+def _names(text: str) -> list[str]:
+    """What stands between commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _settings(pairs: Sequence[str] | None) -> dict[str, Any]:
@@ -239,13 +247,22 @@ def compare(
     methods: Annotated[
         str | None, typer.Option(help="Slugs, with commas between (default: double-sparsity,streaming-llm,quest).")
     ] = None,
-    family: Annotated[str | None, typer.Option(help="All available methods of a family instead.")] = None,
-    budget: Annotated[str, typer.Option(help="Token budget of every method: a count or a fraction.")] = "1/16",
+    family: Annotated[
+        str | None,
+        typer.Option(help="A study instead: all available methods of these families, at equal budget, ranked."),
+    ] = None,
+    budget: Annotated[str, typer.Option(help="Budget of every method: a count of tokens or a fraction.")] = "1/16",
     recipe: Annotated[list[Path] | None, typer.Option(help="A recipe to measure too. May be repeated.")] = None,
+    stack: Annotated[
+        str | None, typer.Option(help="A method that every row uses too, dense among them (native-linear, say).")
+    ] = None,
     context: Annotated[int, typer.Option(min=2, help="Tokens of context.")] = 4096,
     decode: Annotated[int, typer.Option(min=1, help="Known tokens decoded and scored per stretch of text.")] = 64,
     segments: Annotated[int, typer.Option(min=1, help="Stretches of text.")] = 2,
-    tasks: Annotated[str, typer.Option(help="Tasks, with commas between; empty for none.")] = "passkey",
+    tasks: Annotated[
+        str | None,
+        typer.Option(help=f"Tasks, with commas between; empty for none (default: passkey; in a study {STUDY_TASKS})."),
+    ] = None,
     examples: Annotated[int, typer.Option(min=0, help="Prompts per task.")] = 4,
     text: Annotated[str, typer.Option(help="Evaluation text: prose, code, or a path.")] = "prose",
     seed: Annotated[int, typer.Option(help="Seed of texts and tasks.")] = 0,
@@ -256,46 +273,62 @@ def compare(
     format_: FormatOpt = Format.table,
 ) -> None:
     """Measure methods side by side on one model: quality kept, time and bytes saved."""
+    from gossamer.hf import model_shape
     from gossamer.measure import report
     from gossamer.measure.compare import Plan, entries_of
     from gossamer.measure.compare import compare as run
     from gossamer.measure.rows import Entry
+    from gossamer.measure.study import at_budget
     from gossamer.patterns.budget import check, parse
-    from gossamer.recipe import Recipe
+    from gossamer.recipe import Recipe, Step
     from gossamer.registry import make, method
     from gossamer.registry import methods as registered
 
     for path in (html, json_):
         if path is not None:
             _writable(path)
-    slugs = [s.strip() for s in (methods or "double-sparsity,streaming-llm,quest").split(",") if s.strip()]
-    if family is not None:
-        slugs = [s for s, m in registered().items() if m.family == family]
-        if not slugs:
-            raise InputError(f"no method of the family {family!r} is available: see `gossamer list`")
     try:
         value = check(parse(budget))
     except ValueError as error:
         raise InputError(f"--budget {error}") from None
+    share = value if isinstance(value, float) else min(1.0, value / context)
+    slugs = _names(methods or "double-sparsity,streaming-llm,quest")
+    if family is not None:
+        if methods is not None:
+            raise InputError("give --methods or --family, not both")
+        families = _names(family)
+        for name in families:
+            if not any(m.family == name for m in registered().values()):
+                raise InputError(f"no method of the family {name!r} is available: see `gossamer list`")
+        slugs = [s for s, m in registered().items() if m.family in families and s != "dense"]
     chosen: list[Any] = []
-    for slug in slugs:
+    for slug in slugs if family is None else ():
         field = next((name for name in ("tokens", "budget") if name in method(slug).model_fields), None)
         chosen.append(make(slug, **({field: value} if field else {})))
     plan = Plan(
         context=context,
         decode_tokens=decode,
         segments=segments,
-        tasks=tuple(t.strip() for t in tasks.split(",") if t.strip()),
+        tasks=tuple(_names(tasks if tasks is not None else "passkey" if family is None else STUDY_TASKS)),
         examples=examples,
         seed=seed,
         source=text,
+        budget=share if family is not None else None,
     )
     recipes = [(path, Recipe.load(path)) for path in recipe or ()]
     with _progress() as progress:
         progress(f"loading {model}", 0, 1)
         loaded = _load(model, dtype, threads)
+        if family is not None:
+            shape, size = model_shape(loaded.model), next(loaded.model.parameters()).element_size()
+            chosen = [at_budget(slug, share, context, shape, size) for slug in slugs]
         entries = entries_of(loaded, chosen, progress)
         entries += [Entry(one, path.stem) for path, one in recipes]
+        if stack is not None:
+            entries = [Entry(Recipe((Step(make("dense")),)), method("dense").name), *entries]
+            entries = [
+                replace(e, recipe=Recipe((*e.recipe.steps, Step(make(stack))), e.recipe.folder)) for e in entries
+            ]
         comparison = run(loaded, chosen, plan, progress, entries)
     comparison = replace(comparison, command=shlex.join(["gossamer", *sys.argv[1:]]))
     if json_ is not None:

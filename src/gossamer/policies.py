@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -50,6 +50,10 @@ class PolicyMethod(Method):
     def attach(self, model: nn.Module, calibration: Calibration | None = None) -> PolicyHandle:
         """Put the method on a model; the handle takes it off again, bit for bit."""
         return attach(model, [(self, calibration)])
+
+    def with_rows(self, rows: int) -> Self:
+        """The same settings with so many rows read at each selection; for methods whose budget is called `tokens`."""
+        return self.model_copy(update={"tokens": rows})
 
     def io_bytes(self, length: int, shape: ModelShape, element_size: int) -> dict[str, int]:
         """Bytes that one decode step of one sparse layer and one sequence must read at this context length.

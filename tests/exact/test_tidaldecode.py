@@ -17,7 +17,6 @@ from gossamer.attention.tidaldecode import (
     TidalPolicy,
     best_anchors,
     correct,
-    exact_scores,
     mean_recall,
     set_overlap,
     tokens_read,
@@ -185,16 +184,6 @@ def test_4_sets_are_the_latest_selecting_layers(
         assert bool((counts == 7).all())
 
 
-def test_4_scores_by_hand_and_in_bfloat16() -> None:
-    query, key = normal(2, 4, 8), normal(2, 2, 5000, 8, seed=1)
-    want = torch.einsum("bhd,bhsd->bhs", query, key.repeat_interleave(2, 1))
-    torch.testing.assert_close(exact_scores(query, key), want, **CLOSE)
-    torch.testing.assert_close(exact_scores(query, key[:, :, 3:4000]), want[:, :, 3:4000], **CLOSE)
-    query, key = query.bfloat16(), key.bfloat16()
-    want = torch.einsum("bhd,bhsd->bhs", query.float(), key.float().repeat_interleave(2, 1))
-    torch.testing.assert_close(exact_scores(query, key), want, **CLOSE)  # bf16 products, fp32 sums: in chunks
-
-
 def test_7_each_step_chooses_for_itself() -> None:
     model = model_of()
     handle = TidalDecode(tokens=3, first=1, reselect=()).attach(model)
@@ -207,7 +196,7 @@ def test_7_each_step_chooses_for_itself() -> None:
         def planting(self: Any, layer: Any, query: Tensor, length: int) -> Any:
             if length == 42:  # a key that must win for every head of its group
                 layer.rows(length)[0][:, :, 5] = 100 * query.unflatten(1, (2, 2)).sum(2).sign()
-            seen.append(exact_scores(query, layer.rows(length)[0]).topk(3).indices.sort(-1).values)
+            seen.append(ops.key_scores(query, layer.rows(length)[0]).topk(3).indices.sort(-1).values)
             return choose(self, layer, query, length)
 
         with pytest.MonkeyPatch.context() as patch:
@@ -363,7 +352,7 @@ def test_calibration_is_the_overlap_of_decoding_sets() -> None:
     sets: dict[tuple[int, int], Tensor] = {}
 
     def spying(self: Any, layer: Any, query: Tensor, length: int) -> Tensor:
-        sets[layer.index, length] = exact_scores(query, layer.rows(length)[0]).topk(min(4, length)).indices[0]
+        sets[layer.index, length] = ops.key_scores(query, layer.rows(length)[0]).topk(min(4, length)).indices[0]
         return layer.dense_decode(query, length)
 
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:

@@ -100,7 +100,8 @@ def test_random_blocks(isa, data):
     mask = torch.rand(shape) < one_of(0.05, 0.5, 1.1)
     scale = one_of(None, None, -0.3, 0.0, 0.2)
     torch.set_num_threads(one_of(1, 1, 2))
-    how = {"block_size": size, "key_block_size": keys, "starts": starts, "scale": scale}
+    window = one_of(None, None, 1, 20, 70, 500)
+    how = {"block_size": size, "key_block_size": keys, "window": window, "starts": starts, "scale": scale}
     actual, expected = both(ops.block_sparse_attention, query, key, value, mask, **how)
     assert_same(actual, expected, dtype)
     ids, counts = ids_of(mask)
@@ -234,6 +235,21 @@ def test_rising_and_huge_logits(isa, dtype):
             torch.testing.assert_close(lse, expected[1], atol=1e-2, rtol=1e-5)
 
 
+@DTYPES
+@pytest.mark.parametrize("size", [16, 64, 100])
+def test_a_window_and_no_block_is_a_band(isa, dtype, size):
+    query, key, value = prompt(1, 2, 2, 200, 230, 32, dtype)
+    i, j = torch.arange(30, 230)[:, None], torch.arange(230)
+    for window in (1, 63, 64, 300):
+        mask = torch.zeros(1, 1, -(-200 // size), -(-230 // size), dtype=torch.bool)
+        out = ops.block_sparse_attention(query, key, value, mask, block_size=size, window=window)
+        band = (j <= i) & (j > i - window)
+        dense = F.scaled_dot_product_attention(
+            query.float(), key.float(), value.float(), attn_mask=band, enable_gqa=True
+        )
+        assert_same([out], [dense], dtype)
+
+
 def test_nan_in_a_query_stays_in_its_row(isa):
     query, key, value = prompt(1, 1, 1, 130, 130, 16)
     clean = ops.block_sparse_attention(query, key, value, torch.ones(1, 1, 3, 3, dtype=torch.bool))
@@ -312,6 +328,7 @@ def test_shapes_that_do_not_fit_raise():
         (lambda: ops.block_sparse_attention(x, x, x, mask.expand(1, 3, 3, 3), block_size=16), "blocks must be"),
         (lambda: ops.block_sparse_attention(x, x, x, mask, block_size=16, key_block_size=8), "5 columns"),
         (lambda: ops.block_sparse_attention(x, x, x, mask, block_size=0), "1 or more"),
+        (lambda: ops.block_sparse_attention(x, x, x, mask, block_size=16, window=0), "1 or more"),
         (lambda: ops.block_sparse_attention(x, x, x, ids, block_size=16), "without counts"),
         (lambda: ops.block_sparse_attention(x, x, x, ids.float(), counts=counts, block_size=16), "must be int32"),
         (lambda: ops.block_sparse_attention(x, x, x, ids, counts=counts[..., :2], block_size=16), "counts must have"),
@@ -343,7 +360,7 @@ def test_compiles_and_keeps_its_schema():
     )
     own, checks = torch.ops.gossamer, ("test_schema", "test_faketensor")
     torch.library.opcheck(
-        own.block_sparse_attention, (query, key, value, mask, None, 16, 16, None, 0.3, True), test_utils=checks
+        own.block_sparse_attention, (query, key, value, mask, None, 16, 16, 5, None, 0.3, True), test_utils=checks
     )
     down = ids.flip(-1).contiguous()
     torch.library.opcheck(

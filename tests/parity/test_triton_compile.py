@@ -32,8 +32,14 @@ def test_kernels_compile_for_an_h100(tmp_path):
         "_append",
         "_pool",
         "_score",
-        "_prefill",
+        "_key_scores",
+        "_read",
+        "_weigh",
+        "_rows",
+        "_columns",
         "_compact",
+        "_join",
+        "_prefill",
         "_walk",
     }
 
@@ -44,8 +50,13 @@ def main():
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
+    from gossamer.gpu.attention_row import attention_row, decode_attention_with_row
+    from gossamer.gpu.attention_statistics import attention_columns
+    from gossamer.gpu.compact_rows import compact_rows
     from gossamer.gpu.decode_attention import decode_attention
+    from gossamer.gpu.key_scores import key_scores
     from gossamer.gpu.labels import append_labels, label_scores
+    from gossamer.gpu.merge_rows import merge_rows
     from gossamer.gpu.pooled_attention import pooled_attention
     from gossamer.gpu.prefill_attention import block_sparse_attention, vertical_slash_attention
     from gossamer.gpu.select_topk import select_topk
@@ -79,14 +90,24 @@ def main():
         query, key = torch.zeros(2, 16, dim, dtype=dtype), torch.zeros(2, 4, 2048, dim, dtype=dtype)
         decode_attention(query, key, key, starts=ids(2), lengths=ids(2), scale=1.0)
         decode_attention(query, key, key, indices=ids(2, 4, 256), counts=ids(2, 4), scale=1.0)
+        for reduce in ("none", "max", "sum"):
+            key_scores(query, key, starts=ids(2), lengths=ids(2), reduce=reduce)
+        attention_row(query, key, torch.zeros(2, 4, 2048), starts=ids(2), scale=1.0)
+        decode_attention_with_row(query, key, key, torch.zeros(2, 4, 2048), starts=None, scale=1.0)
+        block, how = query[:, :, None].expand(-1, -1, 300, -1), {"starts": ids(2), "scale": 1.0}
+        attention_columns(block, key, torch.zeros(2, 300), ids(300), window=0, causal=True, **how)
+        attention_columns(block, key, torch.zeros(2, 300), ids(300), window=64, causal=True, **how)
+        compact_rows(key, ids(2, 4, 256).long(), 2048)
+        merge_rows(key, torch.zeros(2, 4, 2048), ids(2, 4, 64), ids(2, 4, 64), dim == 128)
         prompt = torch.zeros(2, 16, 256, dim, dtype=dtype)
         blocks = torch.ones(2, 4, 4, 32, dtype=torch.bool)
-        block_sparse_attention(prompt, key, key, blocks, None, 64, 64, ids(2), 1.0)
+        block_sparse_attention(prompt, key, key, blocks, None, 64, 64, 99, ids(2), 1.0)
         vertical_slash_attention(key, key, key, ids(2, 4, 30), ids(2, 4, 99), 64, None, 1.0)
         pooled_attention(prompt, key, 64, 64, starts=ids(2), scale=1.0)
         pooled_attention(prompt, key, 1, 128, scale=1.0)
+    compact_rows(torch.zeros(2, 4, 2048, 20, dtype=torch.uint8), ids(2, 4, 256), 2048)
     decode_attention(query, key, key, indices=ids(2, 16, 64), scale=1.0)
-    block_sparse_attention(prompt[:, :, :64], key, key, ids(2, 16, 4, 9), ids(2, 16, 4), 16, 128, None, 1.0)
+    block_sparse_attention(prompt[:, :, :64], key, key, ids(2, 16, 4, 9), ids(2, 16, 4), 16, 128, None, None, 1.0)
     select_topk(torch.zeros(2, 4, 500), 256, starts=ids(2), lengths=ids(2))
     select_topk(torch.zeros(1, 4, 200000), 256)  # in chunks
     for bits, r in ((1, 32), (4, 32), (8, 128), (12, 40), (16, 128)):

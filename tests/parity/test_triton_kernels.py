@@ -23,15 +23,20 @@ from gossamer.ops import (  # noqa: E402
     LabelCache,
     append_labels,
     block_sparse_attention,
+    compact_rows,
     decode_attention,
+    key_scores,
     label_attention,
     label_scores,
+    merge_rows,
     pooled_attention,
     select_topk,
     use_backend,
     vertical_slash_attention,
     vertical_slash_index,
 )
+from gossamer.ops.attention_row import attention_row, decode_attention_with_row  # noqa: E402
+from gossamer.ops.attention_statistics import attention_columns  # noqa: E402
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 TOLERANCE = {F32: 2e-5, BF16: 2e-2, F16: 3e-3}
@@ -307,6 +312,15 @@ def test_label_attention(select, reduce, per_query_head, bits, k, protect, ragge
     close(want, got, F32)
 
 
+@pytest.mark.parametrize("reduce", ["none", "max", "sum"])
+@pytest.mark.parametrize(("dim", "heads", "kv_heads", "rows", "dtype"), [(64, 6, 2, 300, F32), (80, 3, 3, 129, BF16)])
+def test_key_scores(dim, heads, kv_heads, rows, dtype, reduce):
+    query, key = torch.randn(2, heads, dim).to(dtype), cache(2, kv_heads, rows, dim, dtype)
+    starts, lengths = ints(0, 17), ints(rows - 2, rows)
+    want, got = both(lambda: key_scores(query, key, starts=starts, lengths=lengths, reduce=reduce))
+    torch.testing.assert_close(got, want, atol=TOLERANCE[dtype] * 4, rtol=1e-4)
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 def test_no_call_waits_for_the_gpu():
     labels, channels, key = labelled(4, 24)
@@ -319,6 +333,102 @@ def test_no_call_waits_for_the_gpu():
             label_attention(query, key, key, channels, labels, 9)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def check_rows(query, key, value, **how):
+    want, got = both(lambda: attention_row(query, key, **how))
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
+    (out, row), (got, got_row) = both(lambda: decode_attention_with_row(query, key, value, **how))
+    assert got.dtype is query.dtype
+    close(out, got, query.dtype)
+    torch.testing.assert_close(got_row, row, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rows_per_slice", [256, 16])
+@pytest.mark.parametrize(("dim", "heads", "kv_heads", "rows", "dtype"), SHAPES[:5])
+def test_attention_rows(dim, heads, kv_heads, rows, dtype, rows_per_slice, monkeypatch):
+    from gossamer.gpu import decode_attention as kernels
+
+    monkeypatch.setattr(kernels, "ROWS_PER_SLICE", rows_per_slice)
+    query = torch.randn(2, heads, dim + 2).to(dtype)[..., 1:-1]
+    key, value = (cache(2, kv_heads, rows, dim, dtype) for _ in range(2))
+    check_rows(query, key, value)
+
+
+def test_attention_rows_with_padding_and_window(monkeypatch):
+    from gossamer.gpu import decode_attention as kernels
+
+    monkeypatch.setattr(kernels, "ROWS_PER_SLICE", 16)
+    query = torch.randn(4, 6, 40)
+    key, value = (cache(4, 2, 300, 40, F32) for _ in range(2))
+    starts = ints(0, 29, 299, 300)  # the last sees nothing
+    for b in range(4):
+        for x in (key, value):
+            x[b, :, : starts[b]] = math.nan
+    check_rows(query, key, value, starts=starts, scale=0.3)
+    check_rows(query, key, value, starts=starts, window=100)
+
+
+COLUMNS = [
+    {},
+    {"window": 9},
+    {"causal": False},
+    {"starts": (0, 31), "scale": 0.3},
+    {"starts": (0, 31), "positions": True, "weights": True},
+    {"window": 20, "positions": True, "weights": True, "starts": (5, 0)},
+]
+
+
+@pytest.mark.parametrize("settings", COLUMNS)
+@pytest.mark.parametrize(("dim", "heads", "kv_heads", "dtype"), [(24, 6, 2, F32), (40, 4, 4, BF16), (16, 3, 1, F16)])
+def test_attention_columns(dim, heads, kv_heads, dtype, settings):
+    how = dict(settings)
+    query = cache(2, heads, 75, dim, dtype)
+    key = cache(2, kv_heads, 90, dim, dtype)
+    if how.pop("positions", False):
+        how["positions"] = torch.randint(0, 90, (75,))
+    if how.pop("weights", False):
+        how["row_weights"] = torch.rand(2, 75) * (torch.rand(2, 75) < 0.6)
+    if "starts" in how:
+        how["starts"] = ints(*how["starts"])
+        for b in range(2):
+            key[b, :, : how["starts"][b]] = math.nan
+    want, got = both(lambda: attention_columns(query, key, **how))
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.int64])
+@pytest.mark.parametrize("width", [None, 1, 20, 70])
+def test_rows_move_to_the_front(dtype, width):
+    data = torch.randint(0, 100, (2, 3, 90, width or 1)).to(dtype)
+    if width is None:
+        data = data[..., 0]
+    ids = torch.stack([torch.randperm(80)[:50].sort().values for _ in range(6)]).view(2, 3, 50)
+
+    def call():
+        rows = data.clone()
+        compact_rows(rows, ids, length=80)
+        return rows[:, :, :50], rows[:, :, 80:]
+
+    want, got = both(call)
+    assert all(torch.equal(x, y) for x, y in zip(want, got, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("keep_norm", [False, True])
+def test_merging_rows(dtype, keep_norm):
+    data, scores = cache(2, 3, 40, 20, dtype), torch.rand(2, 3, 40)
+    scores[0, 0, :6] = 0
+    sources = torch.stack([torch.randperm(20)[:15] + 20 for _ in range(6)]).view(2, 3, 15).int()
+    targets = torch.randint(-1, 6, (2, 3, 15)).int()
+
+    def call():
+        rows = data.clone()
+        return merge_rows(rows, scores, sources, targets, keep_norm=keep_norm), rows
+
+    (want_scores, want), (got_scores, got) = both(call)
+    torch.testing.assert_close(got_scores, want_scores)
+    close(want, got, dtype)
 
 
 def prompt(batch, heads, kv_heads, new, rows, dim, dtype, starts):
@@ -348,6 +458,7 @@ def test_block_sparse_attention(heads, kv_heads, select, new, rows, dim, size, k
     check_attention(lambda: block_sparse_attention(q, k, v, mask, **how), dtype)
     far = 10**8  # beyond the counts anything may stand
     ids = torch.where(mask, torch.arange(mask.shape[3]), far).sort(-1).values.int()
+    how["window"] = 29
     check_attention(lambda: block_sparse_attention(q, k, v, ids, counts=mask.sum(-1).int(), **how), dtype)
 
 

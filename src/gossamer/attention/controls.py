@@ -41,8 +41,7 @@ class ExactTopKPolicy(SelectingPolicy):
     def scores(self, layer: LayerView, query: Tensor, length: int) -> Tensor:
         """``[batch, heads, length]``."""
         key, _ = layer.rows(length)
-        grouped = query.unflatten(1, (key.shape[1], -1))
-        return torch.einsum("bkgd,bksd->bkgs", grouped.float(), key.float()).flatten(1, 2)
+        return ops.key_scores(query, key.to(query.device))
 
     def score_bytes(self, layer: LayerView, length: int) -> int:
         """All keys."""

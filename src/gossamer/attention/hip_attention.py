@@ -18,13 +18,13 @@ offloading and SelfExtend positions are not part of this file.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import torch
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
+from gossamer import ops
 from gossamer.attention.base import AttentionMethod
 from gossamer.attention.streaming_llm import sinks_and_recent
 from gossamer.calibration import Calibration
@@ -32,27 +32,12 @@ from gossamer.errors import InputError
 from gossamer.hf import DecodePolicy, LayerView, ModelShape, PrefillPolicy, SelectingPolicy
 from gossamer.hf.attention import dense_attention
 from gossamer.hf.cache import Derived
+from gossamer.ops.tree_search import reference, take
 from gossamer.patterns import Budget, resolve
-from gossamer.patterns.hierarchy import Found, HipIndex, Layout, Representative, descend, levels, representatives, vote
+from gossamer.patterns.hierarchy import Found, HipIndex, Layout, Representative, levels, vote
 from gossamer.registry import register
 
 _CHUNK = 1 << 21  # elements gathered at a time: 8 MB, which stay in the processor's cache
-
-
-def take(rows: Tensor, ids: Tensor) -> Tensor:
-    """Rows of ``[batch, kv_heads, length, d]`` by int64 ids ``[batch, heads, …]``, float32 ``[batch, heads, …, d]``.
-
-    Heads that share a KV head read its rows in place; nothing else is copied, also from a view of a larger cache.
-    """
-    if rows.stride(3) != 1 or rows.stride(2) == 0 or rows.stride(0) % rows.stride(2) or rows.stride(1) % rows.stride(2):
-        rows = rows.contiguous()
-    batch, kv_heads, length, dim = rows.shape
-    of_batch, of_head = rows.stride(0) // rows.stride(2), rows.stride(1) // rows.stride(2)
-    flat = rows.as_strided(((batch - 1) * of_batch + (kv_heads - 1) * of_head + length, dim), (rows.stride(2), 1))
-    head = torch.arange(ids.shape[1], device=ids.device) // (ids.shape[1] // kv_heads)
-    base = torch.arange(batch, device=ids.device)[:, None] * of_batch + head * of_head
-    ids = ids + base.view(batch, -1, *[1] * (ids.dim() - 2))
-    return flat.index_select(0, ids.flatten()).view(*ids.shape, dim).float()
 
 
 def search(
@@ -89,30 +74,18 @@ def search(
     layout = Layout(query.shape[2], key.shape[2], block_q, block_k, window, sink, starts, causal)
     count, nodes, device = layout.query_blocks, -(-budget // block_k), query.device
     begin, end = layout.region(device)
-    blocks = ((end - begin).clamp_min(0) + block_k - 1) // block_k
-    lines = blocks[:, None].expand(query.shape[0], query.shape[1], count)
     # The last block is filled up with a query that votes anyway: its first.
     filler = query[:, :, (count - 1) * block_q, None].expand(-1, -1, count * block_q - layout.new, -1)
-    votes = torch.cat([query, filler], 2).unflatten(2, (count, block_q))[:, :, :, ::stride_q]
-    offset = torch.arange(0, block_k, stride_k, device=device)
-
-    def score(at: slice) -> Callable[[Tensor, Tensor], Tensor]:
-        voters, limit = votes[:, :, at].float(), end[:, None, at, None, None]
-
-        def best(segment: Tensor, size: Tensor) -> Tensor:
-            block = representatives(segment, size, representative)
-            ids = (begin[..., None, None] + block * block_k)[..., None] + offset
-            keys = take(key, ids.clamp_max(layout.length - 1).flatten(3))
-            highest: Tensor = (voters @ keys.transpose(3, 4)).amax(3).unflatten(3, (-1, len(offset)))
-            masked: Tensor = highest.masked_fill(ids >= limit, -math.inf)
-            return masked.amax(4)
-
-        return best
-
-    step = max(1, _CHUNK // (lines[:, :, 0].numel() * 2 * nodes * len(offset) * query.shape[3]))
-    chunks = [slice(at, at + step) for at in range(0, count, step)]
-    parts = [descend(lines[:, :, at], nodes, score(at), jitter, generator) for at in chunks]
-    return HipIndex(layout, *(torch.cat(tensors, 2) for tensors in zip(*parts, strict=True)))
+    voters = torch.cat([query, filler], 2).unflatten(2, (count, block_q))[:, :, :, ::stride_q]
+    first = begin[:, 0].to(torch.int32).expand(query.shape[0])
+    ends = end[0].to(torch.int32)
+    if jitter:
+        found = reference(voters, key, first, ends, nodes, block_k, stride_k, representative, jitter, generator)
+    else:
+        found = ops.tree_search(
+            voters, key, first, ends, nodes, block=block_k, step=stride_k, representative=representative
+        )
+    return HipIndex(layout, *found)
 
 
 def always(layout: Layout, at: slice, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -323,6 +296,12 @@ class HipAttention(AttentionMethod):
     def prefill_policy(self, model: nn.Module, calibration: Calibration | None) -> PrefillPolicy | None:
         """A policy for blocks of queries, unless only decode was asked for."""
         return None if self.phases == "decode" else HipPolicy(self)
+
+    def with_rows(self, rows: int) -> HipAttention:
+        """Half of the rows searched for; the window and the sinks share the other half, where their own sizes are larger."""
+        sink = min(self.sink, rows // 8)
+        window = max(1, min(self.window, rows // 2 - sink))
+        return self.model_copy(update={"tokens": max(1, rows - window - sink), "window": window, "sink": sink})
 
     def io_bytes(self, length: int, shape: ModelShape, element_size: int) -> dict[str, int]:
         """Rows per query head (a step halfway between two searches) and the keys that a search scores, spread over `refresh`.

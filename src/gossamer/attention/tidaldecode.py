@@ -45,24 +45,6 @@ from gossamer.patterns import Budget, resolve
 from gossamer.registry import register
 
 PROBES = 32  # queries at the end of each calibration block whose sets are compared
-_CHUNK = 2048  # rows converted to fp32 at a time
-
-
-def exact_scores(query: Tensor, key: Tensor) -> Tensor:
-    """Logits q·K, unscaled, float32 ``[batch, heads, rows]``.
-
-    Args:
-        query: ``[batch, heads, d]``; key: ``[batch, kv_heads, rows, d]``. Keys are read once for all heads of a group.
-    """
-    grouped = query.unflatten(1, (key.shape[1], -1)).float().transpose(2, 3)  # [batch, kv_heads, d, group]
-    if key.dtype is torch.float32:  # keys on the left: the orientation that streams them at full bandwidth
-        whole: Tensor = (key @ grouped).transpose(2, 3).flatten(1, 2)
-        return whole
-    scores: Tensor = grouped.new_empty(*grouped.shape[:2], grouped.shape[3], key.shape[2])
-    for start in range(0, key.shape[2], _CHUNK):
-        part = key[:, :, start : start + _CHUNK].float() @ grouped
-        scores[..., start : start + part.shape[2]] = part.transpose(2, 3)
-    return scores.flatten(1, 2)
 
 
 def tokens_read(layers: int, first: int, reselections: int, length: int, k: int) -> int:
@@ -172,7 +154,7 @@ class TidalPolicy(SelectingPolicy):
     def choose(self, layer: LayerView, query: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """The rows with this layer's highest true scores, per query head."""
         key, _ = layer.rows(length)
-        scores = exact_scores(query, key.to(query.device))
+        scores = ops.key_scores(query, key.to(query.device))
         if self.method.keep_current:
             scores[:, :, -1] = float("inf")
         return ops.select_topk(scores, self.budget(length), starts=layer.starts)

@@ -184,7 +184,7 @@ class ScoredPolicy(EvictingPolicy):
         else:
             weights = fading_weights(method.alpha, new)
             received = attention_columns(query, key, row_weights=weights, starts=layer.starts, scale=layer.scale)
-        scores = received if method.mode == "prefill" else state.upto(received) * method.alpha**new + received
+        scores = received if method.mode == "prefill" else state.add_to(received, method.alpha**new)
         if kv.length > budget:
             ids = survivors(protect(scores, recent=recent, sink=sink, starts=layer.starts), budget)
             layer.keep(ids)

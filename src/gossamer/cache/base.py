@@ -65,6 +65,11 @@ def protect(
     """
     if not recent and not sink and starts is None:
         return scores
+    if rows is None and starts is None:  # every decode step of a sequence without padding
+        scores = scores.clone()
+        scores[..., max(scores.shape[-1] - recent, 0) :] = math.inf
+        scores[..., :sink] = math.inf
+        return scores
     last: int | Tensor = scores.shape[-1] - 1
     if rows is None:
         rows = torch.arange(scores.shape[-1], device=scores.device)
@@ -97,7 +102,7 @@ def survivors(scores: Tensor, keep: int) -> Tensor:
     length = scores.shape[-1]
     if keep == length - 1:
         gone = scores.argmin(-1, keepdim=True)
-        ids = torch.arange(keep, device=scores.device).expand(*scores.shape[:-1], keep)
+        ids = torch.arange(keep, device=scores.device)
         return ids + (ids >= gone)
     order = scores.argsort(dim=-1, stable=True)
     return order[..., length - keep :].sort(-1).values
@@ -118,6 +123,12 @@ class RowScores(Derived):
             return torch.zeros_like(like)
         known = self.scores[:, :, : self.rows]
         return F.pad(known, (0, like.shape[2] - known.shape[2]))
+
+    def add_to(self, received: Tensor, fade: float) -> Tensor:
+        """The scores times `fade` plus what a step or a block `received` ``[batch, kv_heads, rows]``, which is written over."""
+        if self.scores is not None and self.rows:
+            received[:, :, : self.rows].add_(self.scores[:, :, : self.rows], alpha=fade)
+        return received
 
     def store(self, scores: Tensor) -> None:
         """Keep these, which cover all rows."""

@@ -47,7 +47,10 @@ class TovaPolicy(EvictingPolicy):
         scores = last_query_scores(query[:, :, -1], key, layer.starts, layer.scale, method.per_head)
         if query.shape[2] == 1:
             layer.runtime.stats.score_bytes += key.numel() * key.element_size()
-        layer.keep(survivors(protect(scores, starts=layer.starts), budget))
+        if not method.per_head:
+            scores = scores[:, :1]  # one choice for all
+        ids = survivors(protect(scores, starts=layer.starts), budget)
+        layer.keep(ids.expand(-1, key.shape[1], -1))
 
 
 @register("tova", slot="cache", family="cache", name="TOVA", baseline=True)

@@ -12,7 +12,7 @@
 namespace gossamer {
 
 // Keep in step with ops/_checks.py.
-enum Status : int { kOk = 0, kBadRange = 1, kBadIndex = 2, kBadCount = 3, kBadChannel = 4 };
+enum Status : int { kOk = 0, kBadRange = 1, kBadIndex = 2, kBadCount = 3, kBadChannel = 4, kBadOrder = 5, kBadMerge = 6 };
 
 enum DType : int { kFloat32 = 0, kBFloat16 = 1 };
 
@@ -81,6 +81,33 @@ struct ScoreArgs {
   int threads;
 };
 
+struct KeyScoreArgs {
+  const void *query, *key;  // [B,H,d], [B,Hkv,S,d]
+  float* out;               // [B,Hsel,S]
+  Ranges ranges;            // rows = S
+  int64_t q_batch, q_head, k_batch, k_head, k_row;
+  int64_t batch, heads, kv_heads, dim;
+  Reduce reduce;
+  DType dtype;
+  int threads;
+};
+
+enum Representative : int { kCenter = 0, kFirst = 1, kLast = 2 };
+
+struct TreeSearchArgs {
+  const void *query, *key;  // [B,H,lines,voters,d] contiguous, [B,Hkv,S,d]
+  const int32_t* begin;     // [B], first row that is searched
+  const int32_t* ends;      // [lines], behind the last one
+  int32_t *blocks, *counts;  // [B,H,lines,nodes], [B,H,lines]
+  int64_t* evaluations;     // [B,H,lines]
+  int64_t k_batch, k_head, k_row;
+  int64_t batch, heads, kv_heads, rows, dim;
+  int64_t lines, voters, nodes, block, step;
+  Representative representative;
+  DType dtype;
+  int threads;
+};
+
 struct SelectArgs {
   const float* scores;  // [B,H,S]
   int32_t *indices, *counts;  // [B,H,k], [B,H]
@@ -106,6 +133,49 @@ struct LinearArgs {
   int threads;
 };
 
+struct AttentionRowArgs {
+  AttentionArgs attention;  // indices unused; value and out null where only the row is wanted
+  float* row;               // [B,Hkv,row_line] of which S are written
+  int64_t row_line;
+};
+
+struct AttentionColumnsArgs {
+  const void *query, *key;  // [B,H,T,d], [B,Hkv,S,d]
+  const float* weights;     // [B,T], in the order of positions
+  const int32_t* starts;    // [B], or null
+  const int32_t* positions;  // [T], ascending
+  const int32_t* order;      // [T], the query row at each of them, or null for 0 .. T-1
+  float* out;                // [B,Hkv,S]
+  int64_t q_batch, q_head, q_row, k_batch, k_head, k_row;
+  int64_t batch, heads, kv_heads, rows, length, dim;
+  int64_t window;  // 0: none
+  bool causal;
+  float scale;
+  DType dtype;
+  int threads;
+};
+
+struct CompactArgs {
+  void* storage;    // [B,H,capacity] rows of row_bytes
+  const void* ids;  // [B,H,kept], ascending
+  int64_t s_batch, s_head, s_row, row_bytes;  // in bytes
+  int64_t batch, heads, kept, length;
+  int id_size;  // 4 or 8
+  int threads;
+};
+
+struct MergeArgs {
+  void* data;                         // [B,H,S,d]
+  const float* scores;                // [B,H,S]
+  const int32_t *sources, *targets;   // [B,H,count]
+  float* out;                         // [B,H,S], a copy of scores
+  int64_t s_batch, s_head, s_row;
+  int64_t batch, heads, rows, dim, count;
+  bool keep_norm;
+  DType dtype;
+  int threads;
+};
+
 // Attention of a prompt over blocks of keys, or over columns and diagonals; queries are the last T of the S positions.
 struct PrefillArgs {
   const void *query, *key, *value;  // [B,H,T,d], [B,Hkv,S,d] twice
@@ -115,6 +185,7 @@ struct PrefillArgs {
   int64_t q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row;
   int64_t batch, heads, kv_heads, queries, rows, dim;
   int64_t block_size;
+  int64_t window;  // last positions that each query reads whatever is chosen; 0 for none
   float scale;
   DType dtype;
   int threads;
@@ -138,6 +209,17 @@ struct VerticalSlashArgs {
   int64_t max_ranges;
 };
 
+struct MatchArgs {
+  const void *key, *value;                        // [B,H,S,dk], [B,H,S,dv]
+  const int32_t *source_ids, *centre_ids;         // [B,H,sources], [B,H,centres]; -1: no row
+  int32_t* out;                                   // [B,H,sources]
+  int64_t k_batch, k_head, k_row, v_batch, v_head, v_row;
+  int64_t batch, heads, rows, key_dim, value_dim, sources, centres;
+  float tau;
+  DType dtype;
+  int threads;
+};
+
 struct PooledArgs {
   const void *query, *key;  // [B,H,T,d], [B,Hkv,S,d]
   float* out;               // [B,H,ceil(T/block),ceil(S/key_block)], contiguous, zeros
@@ -154,13 +236,20 @@ struct Kernels {
   Status (*decode_attention)(const AttentionArgs&);
   Status (*append_labels)(const AppendArgs&);
   Status (*label_scores)(const ScoreArgs&);
+  Status (*key_scores)(const KeyScoreArgs&);
+  Status (*tree_search)(const TreeSearchArgs&);
   Status (*select_topk)(const SelectArgs&);
   Status (*label_attention)(const LabelAttentionArgs&);
   Status (*linear)(const LinearArgs&);
   float (*read_all)(const float*, int64_t, int);
+  Status (*attention_row)(const AttentionRowArgs&);
+  Status (*attention_columns)(const AttentionColumnsArgs&);
+  Status (*compact_rows)(const CompactArgs&);
+  Status (*merge_rows)(const MergeArgs&);
   Status (*block_sparse_attention)(const BlockSparseArgs&);
   Status (*vertical_slash_attention)(const VerticalSlashArgs&);
   Status (*vertical_slash_index)(const VerticalSlashArgs&);
+  Status (*best_match)(const MatchArgs&);
   Status (*pooled_attention)(const PooledArgs&);
 };
 
@@ -169,13 +258,20 @@ struct Kernels {
   Status decode_attention(const AttentionArgs&);           \
   Status append_labels(const AppendArgs&);                 \
   Status label_scores(const ScoreArgs&);                   \
+  Status key_scores(const KeyScoreArgs&);                  \
+  Status tree_search(const TreeSearchArgs&);               \
   Status select_topk(const SelectArgs&);                   \
   Status label_attention(const LabelAttentionArgs&);       \
   Status linear(const LinearArgs&);                        \
   float read_all(const float* data, int64_t size, int threads); \
+  Status attention_row(const AttentionRowArgs&);           \
+  Status attention_columns(const AttentionColumnsArgs&);   \
+  Status compact_rows(const CompactArgs&);                 \
+  Status merge_rows(const MergeArgs&);                     \
   Status block_sparse_attention(const BlockSparseArgs&);   \
   Status vertical_slash_attention(const VerticalSlashArgs&); \
   Status vertical_slash_index(const VerticalSlashArgs&);   \
+  Status best_match(const MatchArgs&);                     \
   Status pooled_attention(const PooledArgs&);              \
   }
 GOSSAMER_DECLARE_KERNELS(baseline)

@@ -15,11 +15,27 @@ namespace nb = nanobind;
 namespace gossamer {
 namespace {
 
-#define GOSSAMER_TABLE(isa)                                                                             \
-  Kernels {                                                                                             \
-    #isa, isa::decode_attention, isa::append_labels, isa::label_scores, isa::select_topk,               \
-        isa::label_attention, isa::linear, isa::read_all, isa::block_sparse_attention, isa::vertical_slash_attention, \
-        isa::vertical_slash_index, isa::pooled_attention                                                                       \
+#define GOSSAMER_TABLE(isa)                                     \
+  Kernels {                                                     \
+    .name = #isa,                                               \
+    .decode_attention = isa::decode_attention,                  \
+    .append_labels = isa::append_labels,                        \
+    .label_scores = isa::label_scores,                          \
+    .key_scores = isa::key_scores,                              \
+    .tree_search = isa::tree_search,                            \
+    .select_topk = isa::select_topk,                            \
+    .label_attention = isa::label_attention,                    \
+    .linear = isa::linear,                                      \
+    .read_all = isa::read_all,                                  \
+    .attention_row = isa::attention_row,                        \
+    .attention_columns = isa::attention_columns,                \
+    .compact_rows = isa::compact_rows,                          \
+    .merge_rows = isa::merge_rows,                              \
+    .block_sparse_attention = isa::block_sparse_attention,      \
+    .vertical_slash_attention = isa::vertical_slash_attention,  \
+    .vertical_slash_index = isa::vertical_slash_index,          \
+    .best_match = isa::best_match,                              \
+    .pooled_attention = isa::pooled_attention,                  \
   }
 
 // Slowest first; only what this processor can run.
@@ -156,6 +172,31 @@ int label_scores(nb::tuple cache, nb::tuple description, nb::tuple tensors, nb::
   return call(active->label_scores, a);
 }
 
+int key_scores(nb::tuple tensors, nb::tuple strides, nb::tuple sizes, int reduce, int dtype, int threads) {
+  KeyScoreArgs a{};
+  Reader t(tensors), r(strides), s(sizes);
+  a.query = t.pointer<void>(), a.key = t.pointer<void>(), a.out = t.pointer<float>();
+  a.ranges.starts = t.pointer<int32_t>(), a.ranges.lengths = t.pointer<int32_t>();
+  a.q_batch = r.next(), a.q_head = r.next(), a.k_batch = r.next(), a.k_head = r.next(), a.k_row = r.next();
+  a.batch = s.next(), a.heads = s.next(), a.kv_heads = s.next(), a.ranges.rows = int32_t(s.next()), a.dim = s.next();
+  a.reduce = Reduce(reduce), a.dtype = DType(dtype);
+  a.threads = team(threads, a.batch * a.kv_heads * a.ranges.rows * a.dim * element_size(a.dtype));
+  return call(active->key_scores, a);
+}
+
+int tree_search(nb::tuple tensors, nb::tuple strides, nb::tuple sizes, nb::tuple search, int dtype, int threads) {
+  TreeSearchArgs a{};
+  Reader t(tensors), r(strides), s(sizes), how(search);
+  a.query = t.pointer<void>(), a.key = t.pointer<void>(), a.begin = t.pointer<int32_t>(), a.ends = t.pointer<int32_t>();
+  a.blocks = t.pointer<int32_t>(), a.counts = t.pointer<int32_t>(), a.evaluations = t.pointer<int64_t>();
+  a.k_batch = r.next(), a.k_head = r.next(), a.k_row = r.next();
+  a.batch = s.next(), a.heads = s.next(), a.kv_heads = s.next(), a.rows = s.next(), a.dim = s.next();
+  a.lines = how.next(), a.voters = how.next(), a.nodes = how.next(), a.block = how.next(), a.step = how.next();
+  a.representative = Representative(how.next());
+  a.dtype = DType(dtype), a.threads = threads < 64 ? threads : 64;
+  return call(active->tree_search, a);
+}
+
 int select_topk(nb::tuple tensors, nb::tuple strides, nb::tuple sizes, int threads) {
   SelectArgs a{};
   Reader t(tensors), r(strides), s(sizes);
@@ -274,6 +315,58 @@ int linear(intptr_t x, int64_t x_row, intptr_t weight, int64_t w_row, intptr_t b
   return call(active->linear, a);
 }
 
+int attention_row(nb::tuple tensors, nb::tuple strides, nb::tuple sizes, float scale, int dtype, int threads) {
+  AttentionRowArgs args{};
+  AttentionArgs& a = args.attention;
+  Reader t(tensors), s(sizes);
+  a.query = t.pointer<void>(), a.key = t.pointer<void>(), a.value = t.pointer<void>(), a.out = t.pointer<void>();
+  args.row = t.pointer<float>(), a.ranges.starts = t.pointer<int32_t>();
+  read_strides(Reader(strides), a);
+  read_sizes(Reader(sizes), a);
+  for (int i = 0; i < 5; ++i) s.next();
+  args.row_line = s.next();
+  a.scale = scale, a.dtype = DType(dtype);
+  a.threads = team(threads, row_bytes(a, false) / (a.value ? 1 : 2));
+  return call(active->attention_row, args);
+}
+
+int attention_columns(nb::tuple tensors, nb::tuple strides, nb::tuple sizes, float scale, bool causal, int dtype,
+                      int threads) {
+  AttentionColumnsArgs a{};
+  Reader t(tensors), r(strides), s(sizes);
+  a.query = t.pointer<void>(), a.key = t.pointer<void>(), a.out = t.pointer<float>(), a.weights = t.pointer<float>();
+  a.starts = t.pointer<int32_t>(), a.positions = t.pointer<int32_t>(), a.order = t.pointer<int32_t>();
+  a.q_batch = r.next(), a.q_head = r.next(), a.q_row = r.next();
+  a.k_batch = r.next(), a.k_head = r.next(), a.k_row = r.next();
+  a.batch = s.next(), a.heads = s.next(), a.kv_heads = s.next(), a.rows = s.next(), a.length = s.next();
+  a.dim = s.next(), a.window = s.next();
+  a.scale = scale, a.causal = causal, a.dtype = DType(dtype);
+  a.threads = team(threads, a.batch * a.heads * a.rows * a.length * a.dim / 16);  // about the bytes read in that time
+  return call(active->attention_columns, a);
+}
+
+int compact_rows(intptr_t storage, intptr_t ids, nb::tuple strides, nb::tuple sizes, int id_size, int threads) {
+  CompactArgs a{};
+  Reader r(strides), s(sizes);
+  a.storage = reinterpret_cast<void*>(storage), a.ids = reinterpret_cast<const void*>(ids);
+  a.s_batch = r.next(), a.s_head = r.next(), a.s_row = r.next(), a.row_bytes = r.next();
+  a.batch = s.next(), a.heads = s.next(), a.kept = s.next(), a.length = s.next();
+  a.id_size = id_size, a.threads = team(threads, a.batch * a.heads * a.kept * a.row_bytes);
+  return call(active->compact_rows, a);
+}
+
+int merge_rows(nb::tuple tensors, nb::tuple strides, nb::tuple sizes, bool keep_norm, int dtype, int threads) {
+  MergeArgs a{};
+  Reader t(tensors), r(strides), s(sizes);
+  a.data = t.pointer<void>(), a.scores = t.pointer<float>(), a.sources = t.pointer<int32_t>();
+  a.targets = t.pointer<int32_t>(), a.out = t.pointer<float>();
+  a.s_batch = r.next(), a.s_head = r.next(), a.s_row = r.next();
+  a.batch = s.next(), a.heads = s.next(), a.rows = s.next(), a.dim = s.next(), a.count = s.next();
+  a.keep_norm = keep_norm, a.dtype = DType(dtype);
+  a.threads = team(threads, a.batch * a.heads * (a.rows * 4 + a.count * a.dim * element_size(a.dtype)));
+  return call(active->merge_rows, a);
+}
+
 PrefillArgs prefill_args(const nb::tuple& tensors, const nb::tuple& strides, const nb::tuple& sizes, float scale, int dtype,
                          int threads) {
   PrefillArgs a{};
@@ -295,7 +388,7 @@ int block_sparse_attention(nb::tuple tensors, nb::tuple strides, nb::tuple sizes
   Reader s(selection), l(layout);
   a.mask = s.pointer<bool>(), a.blocks = s.pointer<int32_t>(), a.counts = s.pointer<int32_t>();
   a.b_batch = l.next(), a.b_head = l.next(), a.b_row = l.next();
-  a.select_heads = l.next(), a.columns = l.next(), a.key_block_size = l.next();
+  a.select_heads = l.next(), a.columns = l.next(), a.key_block_size = l.next(), a.prefill.window = l.next();
   return call(active->block_sparse_attention, a);
 }
 
@@ -338,6 +431,20 @@ float read_all(intptr_t data, int64_t size, int threads) {
   return active->read_all(reinterpret_cast<const float*>(data), size, threads);
 }
 
+int best_match(nb::tuple tensors, nb::tuple strides, nb::tuple sizes, float tau, int dtype, int threads) {
+  MatchArgs a{};
+  Reader t(tensors), r(strides), s(sizes);
+  a.key = t.pointer<void>(), a.value = t.pointer<void>();
+  a.source_ids = t.pointer<int32_t>(), a.centre_ids = t.pointer<int32_t>(), a.out = t.pointer<int32_t>();
+  a.k_batch = r.next(), a.k_head = r.next(), a.k_row = r.next();
+  a.v_batch = r.next(), a.v_head = r.next(), a.v_row = r.next();
+  a.batch = s.next(), a.heads = s.next(), a.rows = s.next(), a.key_dim = s.next(), a.value_dim = s.next();
+  a.sources = s.next(), a.centres = s.next();
+  a.tau = tau, a.dtype = DType(dtype);
+  a.threads = team(threads, a.batch * a.heads * a.sources * a.centres * (a.key_dim + a.value_dim) / 8);
+  return call(active->best_match, a);
+}
+
 }  // namespace
 }  // namespace gossamer
 
@@ -356,11 +463,18 @@ NB_MODULE(_native, m) {
   m.def("decode_attention", &decode_attention);
   m.def("append_labels", &append_labels);
   m.def("label_scores", &label_scores);
+  m.def("key_scores", &key_scores);
+  m.def("tree_search", &tree_search);
   m.def("select_topk", &select_topk);
   m.def("label_attention", &label_attention);
   m.def("linear", &linear);
+  m.def("best_match", &best_match);
   m.def("pooled_attention", &pooled_attention);
   m.def("read_all", &read_all);
+  m.def("attention_row", &attention_row);
+  m.def("attention_columns", &attention_columns);
+  m.def("compact_rows", &compact_rows);
+  m.def("merge_rows", &merge_rows);
   m.def("block_sparse_attention", &block_sparse_attention);
   m.def("vertical_slash_attention", &vertical_slash_attention);
   m.def("vertical_slash_index", &vertical_slash_index);

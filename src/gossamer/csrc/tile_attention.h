@@ -4,7 +4,7 @@
 // Lanes are queries while scores are made, and columns of V while values are summed. So the query tile is transposed once,
 // and nothing else ever is: a score takes single words of a key row where it lies, against vectors of queries; the weights
 // come out with the keys as rows, and are taken as single words against vectors of V. Maxima and sums of a softmax run along
-// the lanes and need no reduction. Keys may therefore be any rows in any order: adjacent ones, squares off the grid, single
+// the lanes and need no reduction. Keys may therefore be any rows: adjacent ones, squares off the grid, single
 // columns; a tile only lists their positions.
 //
 // A product works on words: one float, or, where the processor multiplies bfloat16, a pair of those.
@@ -51,11 +51,11 @@ constexpr int kMaxAcross = kLanes == 16 ? 4 : 2;
 template <int V>
 constexpr int kDown = kLanes == 16 ? (V == 4 ? 6 : V == 3 ? 8 : 12) : (kLanes == 8 ? 6 : V == 2 ? 4 : 6);
 
-// body(Int<V>, first): cuts `vectors` into nearly equal strips of at most kMaxAcross.
+// body(Int<V>, first): cuts `vectors` into nearly equal strips of at most `most`.
 template <class Body>
-GOSSAMER_INLINE void strips(int64_t vectors, const Body& body) {
+GOSSAMER_INLINE void strips(int64_t vectors, int64_t most, const Body& body) {
   for (int64_t i = 0; i < vectors;) {
-    const int64_t left = vectors - i, across = ceil_div(left, ceil_div(left, kMaxAcross));
+    const int64_t left = vectors - i, across = ceil_div(left, ceil_div(left, most));
     switch (across) {
       case 1: body(Int<1>{}, i); break;
       case 2: body(Int<2>{}, i); break;
@@ -80,7 +80,8 @@ GOSSAMER_INLINE void groups(int64_t rows, const Body& body) {
   if (r < rows) body(Int<1>{}, r);
 }
 
-// 2^x for x <= 126, to about 2 ulp; 0 far below. NaN stays NaN.
+// 2^x for x <= 126; 0 far below. NaN stays NaN. To about 2 ulp; `Rough` to 8e-5, for weights that become bfloat16 next.
+template <bool Rough>
 GOSSAMER_INLINE vf exp2_small(vf x) {
 #if defined(GOSSAMER_AVX512)
   const vf f = _mm512_reduce_ps(x, 0x09);  // x - floor(x)
@@ -88,11 +89,18 @@ GOSSAMER_INLINE vf exp2_small(vf x) {
   constexpr float kMagic = 12582912.0f;
   const vf y = x < -126.0f ? splat(-126.0f) : x, shifted = (y - 0.5f) + kMagic, f = y - (shifted - kMagic);
 #endif
-  vf p = fma(splat(1.87757274e-3f), f, splat(8.98934435e-3f));
-  p = fma(p, f, splat(5.58263175e-2f));
-  p = fma(p, f, splat(2.40153611e-1f));
-  p = fma(p, f, splat(6.93153083e-1f));
-  p = fma(p, f, splat(0.99999994f));
+  vf p;
+  if constexpr (Rough) {
+    p = fma(splat(7.80240297e-2f), f, splat(2.26067066e-1f));
+    p = fma(p, f, splat(6.95833981e-1f));
+    p = fma(p, f, splat(0.999925137f));
+  } else {
+    p = fma(splat(1.87757274e-3f), f, splat(8.98934435e-3f));
+    p = fma(p, f, splat(5.58263175e-2f));
+    p = fma(p, f, splat(2.40153611e-1f));
+    p = fma(p, f, splat(6.93153083e-1f));
+    p = fma(p, f, splat(0.99999994f));
+  }
 #if defined(GOSSAMER_AVX512)
   return _mm512_scalef_ps(p, x);
 #else
@@ -100,6 +108,36 @@ GOSSAMER_INLINE vf exp2_small(vf x) {
   return x < -126.0f ? vf{} : p * power;
 #endif
 }
+
+#if defined(GOSSAMER_AVX512)
+// out[c * stride + r] = rows[r][c], 16 by 16 words.
+inline void transpose_words(const uint32_t* const* rows, uint32_t* out, int64_t stride) {
+  __m512i a[16], b[16];
+  GOSSAMER_UNROLL
+  for (int r = 0; r < 16; ++r) a[r] = _mm512_loadu_si512(rows[r]);
+  GOSSAMER_UNROLL
+  for (int r = 0; r < 16; r += 2) {  // pairs of rows
+    b[r] = _mm512_unpacklo_epi32(a[r], a[r + 1]);
+    b[r + 1] = _mm512_unpackhi_epi32(a[r], a[r + 1]);
+  }
+  GOSSAMER_UNROLL
+  for (int r = 0; r < 16; r += 4)  // fours: a[r + j] holds column j of each block of four
+    GOSSAMER_UNROLL
+    for (int j = 0; j < 2; ++j) {
+      a[r + 2 * j] = _mm512_unpacklo_epi64(b[r + j], b[r + 2 + j]);
+      a[r + 2 * j + 1] = _mm512_unpackhi_epi64(b[r + j], b[r + 2 + j]);
+    }
+  GOSSAMER_UNROLL
+  for (int j = 0; j < 4; ++j) {  // blocks of four columns, now of all 16 rows
+    const __m512i low0 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88), low1 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);
+    const __m512i high0 = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd), high1 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
+    _mm512_storeu_si512(out + j * stride, _mm512_shuffle_i32x4(low0, low1, 0x88));
+    _mm512_storeu_si512(out + (8 + j) * stride, _mm512_shuffle_i32x4(low0, low1, 0xdd));
+    _mm512_storeu_si512(out + (4 + j) * stride, _mm512_shuffle_i32x4(high0, high1, 0x88));
+    _mm512_storeu_si512(out + (12 + j) * stride, _mm512_shuffle_i32x4(high0, high1, 0xdd));
+  }
+}
+#endif
 
 // out[r] = rows[r] . queries, R rows by V vectors of queries.
 template <class T, int R, int V>
@@ -165,7 +203,7 @@ struct QueryTile {
   int32_t first, last;
 };
 
-// One thread's tile: begin(), then keys in any number of pieces, then finish(). Each key of a tile must be given once.
+// One thread's tile: begin(), then keys in any number of pieces, ascending and each once, then finish().
 template <class T>
 class TileAttention {
  public:
@@ -181,7 +219,7 @@ class TileAttention {
 
   void layout(Scratch& s) {
     s.take(queries, words * kQueries);
-    s.take(scores, kKeys * kQueries);
+    s.take(scores, (kKeys + 1) * kQueries);
     s.take(values, kKeys / P::kPack * width);
     s.take(out, kQueries * width);
     s.take(packed, pack_keys ? kKeys * words : 0);
@@ -190,21 +228,17 @@ class TileAttention {
   void begin(const QueryTile<T>& t, int64_t batch, int64_t kv_head) {
     tile = &t;
     low = a.starts ? a.starts[batch] : 0, high = int64_t(t.last) + 1;
+    // Some query has the keys from `some` on in its window, all have those from `all` on.
+    some = a.window ? imin(imax(low, t.first - a.window + 1), high) : high;
+    all = a.window ? imin(imax(low, t.last - a.window + 1), high) : high;
     key = static_cast<const T*>(a.key) + batch * a.k_batch + kv_head * a.k_head;
     value = static_cast<const T*>(a.value) + batch * a.v_batch + kv_head * a.v_head;
     vectors = ceil_div(t.count, kLanes);
     filling = tiles, ready = nullptr;
-    filling->count = 0;
-    // Scores of a negative scale are made positive, so that the highest score has the highest weight.
-    const uint32_t flip = a.scale < 0.0f ? 0x80000000u : 0u;
-    const bool flat = a.scale == 0.0f;
-    slope = (flat ? 1.0f : __builtin_fabsf(a.scale)) * 1.44269504f;
+    clear(*filling);
+    slope = (a.scale == 0.0f ? 1.0f : __builtin_fabsf(a.scale)) * 1.44269504f;
+    pack_queries();
     for (int q = 0; q < vectors * kLanes; ++q) {
-      if (q < t.count && !flat) {
-        pack_query(t.row[q], flip, queries + q);
-      } else {
-        for (int64_t c = 0; c < words; ++c) queries[c * kQueries + q] = 0;
-      }
       position[q] = q < t.count ? t.position[q] : t.last;
       top[q] = -kInf, sum[q] = 0.0f;
     }
@@ -213,17 +247,20 @@ class TileAttention {
 
   // Keys [from, to); what the range of the sequence or causality excludes for all queries is left out.
   GOSSAMER_INLINE void add(int64_t from, int64_t to) {
-    from = imax(from, low), to = imin(to, high);
-    while (from < to) {
-      const int64_t n = imin(to - from, kKeys - filling->count);
-      int32_t* at = filling->at + filling->count;
-      for (int64_t i = 0; i < n; ++i) at[i] = int32_t(from + i);
-      filling->count += n, from += n;
-      if (filling->count == kKeys) advance();
+    from = imax(from, low), to = imin(to, all);
+    if (from >= to) return;
+    if (to > some) {
+      push(from, some, false);
+      from = imax(from, some);
+      push(some, from, true);
+      some = to;
     }
+    push(from, to, false);
   }
 
   void finish() {
+    push(some, all, true);
+    push(all, high, false);
     advance();
     if (ready->count) advance();
     for (int q = 0; q < tile->count; ++q) {
@@ -238,26 +275,64 @@ class TileAttention {
  private:
   struct KeyTile {
     int64_t count = 0;
-    alignas(64) int32_t at[kKeys];  // positions
+    bool any_near = false;
+    bool near[kKeys];                    // read only by the queries that have it in their window
+    alignas(64) int32_t at[kKeys] = {};  // positions, ascending
   };
+
+  GOSSAMER_INLINE void push(int64_t from, int64_t to, bool near) {
+    while (from < to) {
+      const int64_t n = imin(to - from, kKeys - filling->count);
+      int32_t* at = filling->at + filling->count;
+      for (int64_t i = 0; i < n; ++i) at[i] = int32_t(from + i);
+      std::memset(filling->near + filling->count, near, size_t(n));
+      filling->any_near |= near;
+      filling->count += n, from += n;
+      if (filling->count == kKeys) advance();
+    }
+  }
 
   // Works on the tile that is ready, while the rows of the one just filled are on their way.
   void advance() {
     if (ready) attend(*ready, *filling);
     KeyTile* const empty = ready ? ready : tiles + 1;
     ready = filling, filling = empty;
-    filling->count = 0;
+    clear(*filling);
   }
 
-  void pack_query(const T* row, uint32_t flip, Word* to) {
-    if constexpr (P::kPack == 2) {
-      flip |= flip >> 16;
-      for (int64_t c = 0; c < a.dim / 2; ++c) to[c * kQueries] = (row[2 * c].bits | uint32_t(row[2 * c + 1].bits) << 16) ^ flip;
-      if (a.dim % 2) to[a.dim / 2 * kQueries] = row[a.dim - 1].bits ^ (flip & 0xffff);
-    } else {
-      for (int64_t c = 0; c < a.dim; ++c) {
-        const float x = to_float(row[c]);
-        to[c * kQueries] = flip ? -x : x;
+  static void clear(KeyTile& t) { t.count = 0, t.any_near = false; }
+
+  // Transposes the tile. Queries of a negative scale change their sign, so that the highest score has the highest weight.
+  void pack_queries() {
+    int64_t q = 0;
+#if defined(GOSSAMER_AVX512)
+    if (kDirect && a.scale > 0.0f)
+      for (; q + kLanes <= tile->count; q += kLanes) {
+        int64_t c = 0;
+        for (; c + kLanes <= a.dim / P::kPack; c += kLanes) {
+          const uint32_t* rows[kLanes];
+          for (int i = 0; i < kLanes; ++i) rows[i] = reinterpret_cast<const uint32_t*>(tile->row[q + i] + c * P::kPack);
+          transpose_words(rows, reinterpret_cast<uint32_t*>(queries + c * kQueries + q), kQueries);
+        }
+        for (int i = 0; i < kLanes; ++i) pack_query(tile->row[q + i], c, queries + q + i);
+      }
+#endif
+    for (; q < tile->count; ++q) pack_query(tile->row[q], 0, queries + q);
+    for (; q < vectors * kLanes; ++q)
+      for (int64_t c = 0; c < words; ++c) queries[c * kQueries + q] = 0;
+  }
+
+  // Words of one query from c on.
+  void pack_query(const T* row, int64_t c, Word* to) {
+    const auto element = [&](int64_t i) { return i < a.dim && a.scale != 0.0f ? to_float(row[i]) : 0.0f; };
+    for (; c < words; ++c) {
+      if constexpr (P::kPack == 2) {
+        const float flip = a.scale < 0.0f ? -1.0f : 1.0f;
+        bf16 low_half, high_half;
+        from_float(element(2 * c) * flip, &low_half), from_float(element(2 * c + 1) * flip, &high_half);
+        to[c * kQueries] = low_half.bits | uint32_t(high_half.bits) << 16;
+      } else {
+        to[c * kQueries] = a.scale < 0.0f ? -element(c) : element(c);
       }
     }
   }
@@ -280,32 +355,53 @@ class TileAttention {
   }
 
   // Rows of the next tile, as many as this one's share of the work.
-  void fetch(const KeyTile& soon, const T* rows, int64_t stride, int64_t first, int64_t count) {
+  void fetch(const KeyTile& soon, const T* rows, int64_t stride, int64_t first, int64_t count) const {
     for (int64_t k = first; k < imin(first + count, soon.count); ++k) {
       const char* row = reinterpret_cast<const char*>(rows + soon.at[k] * stride);
       for (int64_t i = 0; i < a.dim * int64_t(sizeof(T)); i += 64) prefetch(row + i);
     }
   }
 
-  void pack_values(const int32_t* at, int64_t keys) {
+  // The values of a tile as words, and how many lie from one row to the next. Rows that follow each other closely serve as
+  // they are; far apart they would drive each other out of the first cache, which a copy costs less than.
+  const Word* value_words(const int32_t* at, int64_t keys, int64_t& stride) {
+    stride = width;
     if constexpr (P::kPack == 2) {
 #if defined(GOSSAMER_AVX512)
       for (int64_t k = 0; k < keys; k += 2) {
-        const T *even = value + at[k] * a.v_row, *odd = k + 1 < keys ? value + at[k + 1] * a.v_row : nullptr;
-        Word* to = values + k / 2 * width;
-        for (int64_t c = 0; c < a.dim; c += kLanes) {
-          const __mmask16 m = a.dim - c >= kLanes ? 0xffff : __mmask16((1u << (a.dim - c)) - 1);
-          const __m512i low_half = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, even + c));
-          const __m512i high_half =
-              odd ? _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, odd + c)), 16) : __m512i{};
-          _mm512_storeu_si512(to + c, _mm512_or_si512(low_half, high_half));
-        }
+        const T* even = value + at[k] * a.v_row;
+        if (k + 1 < keys)
+          pair_rows(even, value + at[k + 1] * a.v_row, values + k / 2 * width);
+        else
+          for (int64_t c = 0; c < width; ++c) values[k / 2 * width + c] = c < a.dim ? even[c].bits : 0;
       }
 #endif
     } else {
+      if constexpr (kDirect)
+        if (width == a.dim && a.v_row <= 2 * width && at[keys - 1] - at[0] == keys - 1) {
+          stride = a.v_row;
+          return reinterpret_cast<const Word*>(value + at[0] * a.v_row);
+        }
       for (int64_t k = 0; k < keys; ++k) widen(value + at[k] * a.v_row, a.dim, width, values + k * width);
     }
+    return values;
   }
+
+#if defined(GOSSAMER_AVX512)
+  // to[c] = even[c] | odd[c] << 16, zero from dim on.
+  void pair_rows(const bf16* even, const bf16* odd, uint32_t* to) {
+    alignas(64) static constexpr uint16_t kFirst[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                        8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const __m512i first = _mm512_load_si512(kFirst), second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+    int64_t c = 0;
+    for (; c + 2 * kLanes <= a.dim; c += 2 * kLanes) {
+      const __m512i x = _mm512_loadu_si512(even + c), y = _mm512_loadu_si512(odd + c);
+      _mm512_storeu_si512(to + c, _mm512_permutex2var_epi16(x, first, y));
+      _mm512_storeu_si512(to + c + kLanes, _mm512_permutex2var_epi16(x, second, y));
+    }
+    for (; c < width; ++c) to[c] = c < a.dim ? even[c].bits | uint32_t(odd[c].bits) << 16 : 0;
+  }
+#endif
 
   void attend(const KeyTile& now, const KeyTile& soon) {
     const int64_t keys = now.count;
@@ -319,41 +415,58 @@ class TileAttention {
         rows[k] = reinterpret_cast<const Word*>(row);
       }
     }
-    strips(vectors, [&](auto across, int64_t i) GOSSAMER_LAMBDA {
+    // At the edge of causality, narrow strips of queries leave out the keys behind them.
+    const bool edge = now.at[keys - 1] > tile->first, jump = now.at[keys - 1] + 1 != soon.at[0];
+    strips(vectors, edge ? 2 : kMaxAcross, [&](auto across, int64_t i) GOSSAMER_LAMBDA {
       constexpr int V = decltype(across)::value;
-      groups<kDown<V>>(keys, [&](auto down, int64_t k) GOSSAMER_LAMBDA {
+      groups<kDown<V>>(edge ? seen(now, i * kLanes, V * kLanes) : keys, [&](auto down, int64_t k) GOSSAMER_LAMBDA {
         constexpr int R = decltype(down)::value;
-        if (i == 0) fetch(soon, key, a.k_row, k, R);
+        if (i == 0 && jump) fetch(soon, key, a.k_row, k, R);
+        for (int64_t r = k + R; r < imin(k + 2 * R, keys); ++r)  // rows that lie apart are no stream: into L1 by hand
+          for (int64_t c = 0; c < words; c += 16) __builtin_prefetch(rows[r] + c, 0, 3);
         score_rows<T, R, V>(rows + k, queries + i * kLanes, words, scores + k * kQueries + i * kLanes);
       });
     });
-    mask(now.at, keys);
+    if (edge || now.any_near) mask(now);
     bool moved = false;
     for (int64_t i = 0; i < vectors; ++i) moved |= weigh(i, keys);
     if (moved) rescale();
-    pack_values(now.at, keys);
-    const Word* weights = reinterpret_cast<const Word*>(scores);
-    strips(width / kLanes, [&](auto across, int64_t i) GOSSAMER_LAMBDA {
+    int64_t stride;
+    const Word *columns = value_words(now.at, keys, stride), *weights = reinterpret_cast<const Word*>(scores);
+    strips(width / kLanes, kMaxAcross, [&](auto across, int64_t i) GOSSAMER_LAMBDA {
       constexpr int V = decltype(across)::value;
       groups<kDown<V>>(tile->count, [&](auto down, int64_t q) GOSSAMER_LAMBDA {
         constexpr int R = decltype(down)::value;
-        if (i == 0) fetch(soon, value, a.v_row, q, R);
-        add_values<T, R, V>(weights + q, values + i * kLanes, width, ceil_div(keys, P::kPack), out + q * width + i * kLanes,
-                            width);
+        if (i == 0 && jump) fetch(soon, value, a.v_row, q, R);
+        const int64_t count = edge ? seen(now, q, R) : keys;
+        add_values<T, R, V>(weights + q, columns + i * kLanes, stride, ceil_div(count, P::kPack),
+                            out + q * width + i * kLanes, width);
       });
     });
   }
 
-  // Hides keys from the queries that stand before them.
-  void mask(const int32_t* at, int64_t keys) {
-    for (int64_t k = 0; k < keys; ++k)
-      if (at[k] > tile->first)
-        for (int64_t i = 0; i < vectors; ++i) {
-          float* s = scores + k * kQueries + i * kLanes;
-          vi where;
-          __builtin_memcpy(&where, position + i * kLanes, sizeof where);
-          store(s, where >= splat_i(at[k]) ? load(s) : splat(-kInf));
-        }
+  // How many keys of a tile the queries q to q + count - 1 see at most.
+  int64_t seen(const KeyTile& t, int64_t q, int64_t count) const {
+    int32_t last = position[q];
+    for (int64_t i = 1; i < count; ++i) last = position[q + i] > last ? position[q + i] : last;
+    int64_t n = t.count;
+    while (n && t.at[n - 1] > last) --n;
+    return n;
+  }
+
+  // Hides keys from the queries that stand before them, and those for windows from the queries behind.
+  void mask(const KeyTile& t) {
+    for (int64_t k = 0; k < t.count; ++k) {
+      const bool near = t.any_near && t.near[k];
+      if (t.at[k] <= tile->first && !near) continue;
+      const vi from = splat_i(t.at[k]), until = splat_i(near ? int32_t(t.at[k] + a.window) : INT32_MAX);
+      for (int64_t i = 0; i < vectors; ++i) {
+        float* s = scores + k * kQueries + i * kLanes;
+        vi where;
+        __builtin_memcpy(&where, position + i * kLanes, sizeof where);
+        store(s, ((where >= from) & (where < until)) != 0 ? load(s) : splat(-kInf));
+      }
+    }
   }
 
   // Turns the scores of kLanes queries into weights and adds to their sums. The running maximum follows only when it would
@@ -374,7 +487,7 @@ class TileAttention {
     const bool moved = hmax(rises ? splat(1.0f) : vf{}) > 0.0f;
     vf total = load(sum + i * kLanes);
     if (moved) {
-      const vf by = rises ? exp2_small((before - now) * slope) : splat(1.0f);
+      const vf by = rises ? exp2_small<false>((before - now) * slope) : splat(1.0f);
       store(factor + i * kLanes, by);
       store(top + i * kLanes, now);
       total = total * by;
@@ -383,36 +496,36 @@ class TileAttention {
     }
     const vf shift = now == -kInf ? vf{} : now * -slope, by = splat(slope);
     vf more = {};
-    if constexpr (P::kPack == 2) {
-#if defined(GOSSAMER_AVX512)
-      const __m512i half = _mm512_set1_epi32(0x8000);
-      for (k = 0; k < keys; k += 2) {
-        const vf even = exp2_small(fma(load(s + k * kQueries), by, shift));
-        const vf odd = k + 1 < keys ? exp2_small(fma(load(s + (k + 1) * kQueries), by, shift)) : vf{};
-        total += even, more += odd;
-        const __m512i low_half = _mm512_srli_epi32(_mm512_add_epi32((__m512i)even, half), 16);
-        const __m512i high_half = _mm512_add_epi32((__m512i)odd, half);
-        // (high & 0xffff0000) | low
-        const __m512i pair = _mm512_ternarylogic_epi32(high_half, _mm512_set1_epi32(int(0xffff0000)), low_half, 0xea);
-        _mm512_storeu_si512(reinterpret_cast<Word*>(scores) + k / 2 * kQueries + i * kLanes, pair);
-      }
-#endif
-    } else {
-      for (k = 0; k + 2 <= keys; k += 2) {
-        const vf even = exp2_small(fma(load(s + k * kQueries), by, shift));
-        const vf odd = exp2_small(fma(load(s + (k + 1) * kQueries), by, shift));
-        store(s + k * kQueries, even);
-        store(s + (k + 1) * kQueries, odd);
-        total += even, more += odd;
-      }
-      if (k < keys) {
-        const vf last = exp2_small(fma(load(s + k * kQueries), by, shift));
-        store(s + k * kQueries, last);
-        total += last;
-      }
+    const auto weight = [&](int64_t key) GOSSAMER_LAMBDA {
+      return exp2_small<P::kPack == 2>(fma(load(s + key * kQueries), by, shift));
+    };
+    for (k = 0; k + 2 <= keys; k += 2) {
+      const vf even = weight(k), odd = weight(k + 1);
+      total += even, more += odd;
+      put_weights(even, odd, k, i);
+    }
+    if (k < keys) {
+      const vf last = weight(k);
+      total += last;
+      put_weights(last, vf{}, k, i);
     }
     store(sum + i * kLanes, total + more);
     return moved;
+  }
+
+  GOSSAMER_INLINE void put_weights(vf even, vf odd, int64_t k, int64_t i) {
+    if constexpr (P::kPack == 2) {
+#if defined(GOSSAMER_AVX512)
+      const __m512i half = _mm512_set1_epi32(0x8000);  // rounds: weights are not negative
+      const __m512i low_half = _mm512_srli_epi32(_mm512_add_epi32((__m512i)even, half), 16);
+      const __m512i high_half = _mm512_add_epi32((__m512i)odd, half);
+      const __m512i pair = _mm512_ternarylogic_epi32(high_half, _mm512_set1_epi32(int(0xffff0000)), low_half, 0xea);
+      _mm512_storeu_si512(reinterpret_cast<Word*>(scores) + k / 2 * kQueries + i * kLanes, pair);  // high & mask | low
+#endif
+    } else {
+      store(scores + k * kQueries + i * kLanes, even);
+      store(scores + (k + 1) * kQueries + i * kLanes, odd);
+    }
   }
 
   void rescale() {
@@ -426,7 +539,7 @@ class TileAttention {
   const bool pack_keys;
   const QueryTile<T>* tile = nullptr;
   const T *key = nullptr, *value = nullptr;
-  int64_t low = 0, high = 0, vectors = 0;
+  int64_t low = 0, high = 0, some = 0, all = 0, vectors = 0;
   float slope = 1.0f;  // from a score to the exponent of two
   Word *queries, *values, *packed;  // [words][kQueries], [kKeys / kPack][width], [kKeys][words]
   float *scores, *out;              // [kKeys][kQueries], then the weights as words; [kQueries][width]

@@ -31,7 +31,8 @@ def _fold(
     value,
     row,
     keep,
-    position,
+    after,
+    until,
     scale,
     top,
     total,
@@ -42,14 +43,15 @@ def _fold(
     DOT: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Fold the keys ``row`` where ``keep`` into the running softmax of a tile of queries; causal by token."""
+    """Fold the keys ``row`` where ``keep`` into the running softmax of queries that see after < row <= until."""
     d = tl.arange(0, BLOCK_D)
     at_row = row.to(tl.int64)[:, None]
     inside = keep[:, None] & (d < DIM)[None, :]  # rows left out may be uninitialised: never read
     k = tl.load(key + at_row * key_s + d[None, :], mask=inside, other=0.0).to(DOT)
     v = tl.load(value + at_row * value_s + d[None, :], mask=inside, other=0.0).to(DOT)
     logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-    logits = tl.where(keep[None, :] & (row[None, :] <= position[:, None]), logits, float("-inf"))
+    seen = (row[None, :] > after[:, None]) & (row[None, :] <= until[:, None])
+    logits = tl.where(keep[None, :] & seen, logits, float("-inf"))
     new = tl.maximum(top, tl.max(logits, 1))
     shift = tl.where(new == float("-inf"), 0.0, new)  # nothing seen yet: -inf minus -inf is NaN
     weight = tl.exp2(logits - shift[:, None])
@@ -59,7 +61,7 @@ def _fold(
     return new, total, acc
 
 
-@triton.jit(do_not_specialize=["new", "rows", "tiles", "slots", "singles"])
+@triton.jit(do_not_specialize=["new", "rows", "tiles", "slots", "singles", "window"])
 def _prefill(
     query,
     key,
@@ -88,6 +90,7 @@ def _prefill(
     tiles,
     slots,
     singles,
+    window,
     scale,  # times log2(e)
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,  # query heads of a KV head
@@ -112,6 +115,8 @@ def _prefill(
     real = (within < BLOCK) & (at < new)
     position = tl.where(real, at + rows - new, -1)
     last = tl.max(position, 0)
+    # A key in the window of a query counts there and not among the chosen ones.
+    none, until = tl.full([BLOCK_M], -1, tl.int32), position - window
     low = 0
     if starts is not None:
         low = tl.maximum(tl.load(starts + batch), 0)
@@ -133,9 +138,9 @@ def _prefill(
         first = tl.load(ids + i) * STEP
         for part in range(0, KEYS, BLOCK_N):
             row = first + part + n
-            keep = (part + n < KEYS) & (row >= low) & (row <= last)
+            keep = (part + n < KEYS) & (row >= low) & (row <= last - window)
             top, total, acc = _fold(
-                q, key, value, row, keep, position, scale, top, total, acc, key_s, value_s, DIM, DOT, BLOCK_D
+                q, key, value, row, keep, none, until, scale, top, total, acc, key_s, value_s, DIM, DOT, BLOCK_D
             )
     if columns is not None:
         lone = (batch * HEADS + head) * lines + block
@@ -145,7 +150,15 @@ def _prefill(
             row = tl.load(columns + i + n, mask=i + n < count, other=-1)
             keep = (row >= low) & (row <= last)
             top, total, acc = _fold(
-                q, key, value, row, keep, position, scale, top, total, acc, key_s, value_s, DIM, DOT, BLOCK_D
+                q, key, value, row, keep, none, position, scale, top, total, acc, key_s, value_s, DIM, DOT, BLOCK_D
+            )
+    if window > 0:
+        first = tl.min(tl.where(real, position, last), 0)
+        for i in range(tl.maximum(first - window + 1, low), last + 1, BLOCK_N):
+            row = i + n
+            keep = row <= last
+            top, total, acc = _fold(
+                q, key, value, row, keep, until, position, scale, top, total, acc, key_s, value_s, DIM, DOT, BLOCK_D
             )
 
     empty = total == 0.0
@@ -229,6 +242,7 @@ def block_sparse_attention(
     counts: Tensor | None,
     block_size: int,
     key_block_size: int,
+    window: int | None,
     starts: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
@@ -256,9 +270,8 @@ def block_sparse_attention(
                     enable_fp_fusion=True,
                 )
         blocks = ids
-    return _launch(
-        query, key, value, blocks, counts, None, None, block_size, key_block_size, key_block_size, starts, scale
-    )
+    size, window = key_block_size, min(window or 0, key.shape[2])
+    return _launch(query, key, value, blocks, counts, None, None, block_size, size, size, window, starts, scale)
 
 
 def vertical_slash_attention(
@@ -273,7 +286,7 @@ def vertical_slash_attention(
 ) -> tuple[Tensor, Tensor]:
     """Run :func:`gossamer.ops.vertical_slash_attention` on checked tensors."""
     index = vertical_slash_index(verticals, slashes, key.shape[2], block_size)
-    return _launch(query, key, value, *index, block_size, block_size, 1, starts, scale)
+    return _launch(query, key, value, *index, block_size, block_size, 1, 0, starts, scale)
 
 
 def vertical_slash_index(
@@ -315,6 +328,7 @@ def _launch(
     block_size: int,
     keys: int,
     step: int,
+    window: int,
     starts: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
@@ -351,6 +365,7 @@ def _launch(
             tiles,
             ids.shape[3],
             0 if columns is None else columns.shape[3],
+            window,
             scale * _LOG2_E,
             HEADS=heads,
             GROUP=heads // key.shape[1],

@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from gossamer.errors import InputError
 from gossamer.hf.offload import Allocator
+from gossamer.ops.compact_rows import compact_rows
 from gossamer.ops.memory import advise_huge_pages
 
 _ROUND = 256  # capacities are multiples of this many rows
@@ -213,15 +214,16 @@ class KVLayer(CacheLayerMixin):
             InputError: the ids do not ascend within ``[0, length)``.
         """
         assert self.key_storage is not None and self.value_storage is not None
-        ids = ids.long()
-        rows = ids.shape[2]
-        ascending = rows < 2 or bool((ids.diff(dim=2) > 0).all())
-        if ids.shape[:2] != self.key_storage.shape[:2] or not ascending or (rows and not _within(ids, self.length)):
-            raise InputError(f"rows to keep must ascend within 0 .. {self.length} for each of {ids.shape[1]} heads")
-        self.row_positions = self.positions.gather(2, ids.cpu()).to(torch.int32)
-        for storage in (self.key_storage, self.value_storage):
-            index = ids[..., None].expand(-1, -1, -1, storage.shape[3])
-            storage.narrow(2, 0, rows).copy_(storage.gather(2, index))
+        rows = ids.shape[-1]
+        if ids.shape[:2] != self.key_storage.shape[:2] or rows > self.length:
+            raise InputError(
+                f"rows to keep must ascend within 0 .. {self.length} for each of {self.key_storage.shape[1]} heads, "
+                f"got {list(ids.shape)}"
+            )
+        places = self.key_storage.device, self.value_storage.device
+        compact_rows(self.key_storage, ids.to(places[0]), length=self.length)  # refuses ids that do not ascend
+        compact_rows(self.value_storage, ids.to(places[1]), length=self.length)
+        self.row_positions = self.positions.gather(2, ids.cpu().long()).to(torch.int32)
         self.dropped += self.length - rows
         self.length = self._kept = rows
         self._touch(0)
@@ -278,10 +280,6 @@ class GossamerCache(Cache):
     def nbytes(self) -> int:
         """Bytes of all used rows."""
         return sum(layer.nbytes for layer in self.layers)
-
-
-def _within(ids: Tensor, length: int) -> bool:
-    return bool((ids[..., 0] >= 0).all()) and bool((ids[..., -1] < length).all())
 
 
 def adopt(cache: Any, places: Sequence[Allocator] | None = None) -> Any:

@@ -21,9 +21,23 @@ from torch import Tensor
 
 from gossamer import ops
 from gossamer.errors import InputError, UnknownNameError
+from gossamer.measure import bench_prefill
 from gossamer.measure.bandwidth import ReadBandwidth
+from gossamer.ops.attention_row import attention_row, decode_attention_with_row
+from gossamer.ops.attention_statistics import attention_columns
 
-OPERATORS = ("decode_attention", "label_attention", "label_scores", "linear", "select_topk")
+OPERATORS = (
+    "attention_columns",
+    "attention_row",
+    "compact_rows",
+    "block_sparse_attention",
+    "decode_attention",
+    "label_attention",
+    "label_scores",
+    "linear",
+    "select_topk",
+    "vertical_slash_attention",
+)
 #: Weights [inputs, outputs] that ``linear`` is timed on, and the rows of x.
 WEIGHTS = {
     "SmolLM2 up": (576, 1536),
@@ -33,16 +47,19 @@ WEIGHTS = {
     "Llama-2-7B down": (11008, 4096),
 }
 ROWS = (1, 4, 8)
+#: Queries that ``attention_columns`` sums: the last rows of a prompt, as one chunk of it would.
+CHUNK = 256
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass
 class Variant:
-    """One way to do the work: what to call, and the bytes that it cannot avoid reading."""
+    """One way to do the work: what to call, and the bytes and operations that it cannot avoid."""
 
     name: str
     call: Callable[[], Any]
     nbytes: int
+    flops: int = 0
 
 
 def run(
@@ -60,14 +77,18 @@ def run(
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Benchmark an operator for one decode step of one sequence.
+    """Benchmark an operator for one decode step of one sequence, or for one prompt.
 
     Parameters
     ----------
     op
         ``decode_attention`` (torch SDPA, our dense kernel, Double Sparsity), ``label_attention`` (the same cases and
-        each reduction), ``label_scores``, ``select_topk``, or ``linear`` (the weights in ``WEIGHTS`` times 1, 4 and 8
-        rows; contexts and the shape of the attention don't matter to it).
+        each reduction), ``label_scores``, ``select_topk``, ``attention_columns`` (the last 256 rows of a prompt over the
+        context), ``attention_row`` (alone, and with the output, beside our dense kernel), ``compact_rows`` (one row of
+        the middle dropped, and every second row), or ``linear`` (the weights in ``WEIGHTS`` times 1, 4 and 8 rows;
+        contexts and the shape of the attention don't matter to it). ``block_sparse_attention`` and
+        ``vertical_slash_attention`` work on prompts of a shape of their own: see ``measure.bench_prefill``, also for
+        what their rows hold. Of the parameters below they take ``contexts``, ``dtypes`` and ``seed``.
     contexts
         Cached tokens.
     dtypes
@@ -90,6 +111,8 @@ def run(
     variant, medians over the run; None where the case has none), ``bytes`` (what must be read), ``bandwidth`` (bytes
     per second of a plain read in this run) and ``bandwidth_share`` (bytes over median time over bandwidth; can exceed 1
     where data stays in a cache). ``linear`` has ``weight, inputs, outputs, rows`` in place of the context and heads.
+    ``attention_columns``, which is bound by arithmetic, has also ``flops``, ``gemm`` (operations per second of a torch
+    matrix product of 1024 in this dtype, the best of this run) and ``gemm_share``.
 
     Raises
     ------
@@ -105,6 +128,9 @@ def run(
             raise InputError(f"dtype must be float32 or bfloat16, got {name!r}")
     if min(contexts, default=0) < 1 or kv_heads < 1 or heads % kv_heads or repeats < 1:
         raise InputError("bench: contexts and repeats must be positive and heads a multiple of kv_heads")
+    if op in bench_prefill.OPERATORS:
+        chosen = {name: DTYPES[name] for name in dtypes}
+        return bench_prefill.run(op, contexts=contexts, dtypes=chosen, seed=seed, progress=progress)
     probe = ReadBandwidth()
     rows: list[dict[str, Any]] = []
     if op == "linear":
@@ -130,8 +156,28 @@ def run(
             )
             times, bandwidth = _interleave(variants, tiny, repeats, probe)
             shape = {"context": context, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
-            rows += _rows({"op": op, "dtype": dtype, **shape}, variants, times, bandwidth)
+            found = _rows({"op": op, "dtype": dtype, **shape}, variants, times, bandwidth)
+            if variants[0].flops:
+                _add_flops(found, variants, times, gemm_rate(DTYPES[dtype]))
+            rows += found
     return rows
+
+
+def gemm_rate(dtype: torch.dtype, size: int = 1024, repeats: int = 9) -> float:
+    """Return the operations per second of torch's best matrix product of ``size`` cubed: what arithmetic gives here."""
+    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    best = math.inf
+    for _ in range(repeats + 1):
+        begin = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best
+
+
+def _add_flops(rows: list[dict[str, Any]], variants: list[Variant], times: dict[str, list[float]], rate: float) -> None:
+    for row, variant in zip(rows, variants, strict=True):
+        share = variant.flops / statistics.median(times[variant.name]) / rate
+        row.update({"flops": variant.flops, "gemm": rate, "gemm_share": share})
 
 
 def synthetic_cache(context: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -217,6 +263,37 @@ class _Case:
             ),
         ]
 
+    def attention_columns(self) -> list[Variant]:
+        new = min(CHUNK, self.context)
+        query = torch.randn(1, self.heads, new, self.key.shape[3]).to(self.key.dtype)
+        nbytes = self.key.numel() * self.key.element_size()
+        flops = 2 * self.heads * self.key.shape[3] * sum(range(self.context - new + 1, self.context + 1))
+        return [
+            Variant("torch-blocks", _by_reference(lambda: attention_columns(query, self.key)), nbytes, flops),
+            Variant("native", lambda: attention_columns(query, self.key), nbytes, flops),
+        ]
+
+    def attention_row(self) -> list[Variant]:
+        q, k, v = self.query, self.key, self.value
+        nbytes = k.numel() * k.element_size()
+        return [
+            Variant("torch-row", _by_reference(lambda: attention_row(q, k)), nbytes),
+            Variant("dense", lambda: ops.decode_attention(q, k, v), 2 * nbytes),
+            Variant("row", lambda: attention_row(q, k), nbytes),
+            Variant("row-and-output", lambda: decode_attention_with_row(q, k, v), 2 * nbytes),
+        ]
+
+    def compact_rows(self) -> list[Variant]:
+        keys, n = self.key, self.context
+        row = self.kv_heads * self.row_bytes  # read and written
+        ids = torch.arange(n - 1) + (torch.arange(n - 1) >= n // 2)
+        one, half = (x.expand(1, self.kv_heads, -1).contiguous() for x in (ids, torch.arange(0, n, 2)))
+        return [
+            Variant("torch-gather", _by_reference(lambda: ops.compact_rows(keys, one)), n // 2 * row),
+            Variant("one-dropped", lambda: ops.compact_rows(keys, one), n // 2 * row),
+            Variant("half-dropped", lambda: ops.compact_rows(keys, half), half.shape[2] * row),
+        ]
+
     def select_topk(self) -> list[Variant]:
         scores = ops.label_scores(self.query, self.channels, self.labels, self.context, reduce="sum")
         nbytes = scores.numel() * 4
@@ -239,6 +316,14 @@ class _Case:
             rows = sum(int(group.unique().numel()) for group in chosen)
         nbytes = rows * self.row_bytes + self.labels.nbytes(self.context)
         return Variant(name, lambda: ops.label_attention(*args, **how), nbytes)
+
+
+def _by_reference(call: Callable[[], Any]) -> Callable[[], Any]:
+    def run() -> Any:
+        with ops.use_backend("reference"):
+            return call()
+
+    return run
 
 
 def _interleave(

@@ -20,6 +20,7 @@ from gossamer.measure import cost as costs
 from gossamer.measure.quality import Segment, decode_known, prefill, segments_of, task_segments
 from gossamer.measure.results import Comparison, MethodResult, PaperFigure
 from gossamer.measure.rows import Entry, Measured, picture_of, row_of, transformers_row
+from gossamer.measure.study import rank, yardstick_of
 from gossamer.models import LoadedModel
 from gossamer.recipe import Recipe, Step
 from gossamer.registry import Method, catalogue, make
@@ -42,6 +43,7 @@ class Plan:
         seed: of segments, tasks and everything else.
         source: evaluation text (`prose`, `code`, or a path).
         transformers: also time the untouched model.
+        budget: rank the methods at this share of what dense attention spends (None: no ranking).
     """
 
     context: int = 4096
@@ -54,6 +56,7 @@ class Plan:
     seed: int = 0
     source: str = "prose"
     transformers: bool = True
+    budget: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("context", "decode_tokens", "segments", "steps", "rounds"):
@@ -63,6 +66,8 @@ class Plan:
             raise InputError(f"context must be 2 or more, got {self.context}")
         if self.examples < 0:
             raise InputError(f"examples must not be negative, got {self.examples}")
+        if self.budget is not None and not 0 < self.budget <= 1:
+            raise InputError(f"a study's budget is a share in 0 .. 1, got {self.budget:g}")
 
 
 Progress = Callable[[str, int, int], None]  # what is going on, steps done, steps in all
@@ -158,7 +163,7 @@ def compare(
         seed=plan.seed,
         dtype=str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
-        budget=_budget(entries),
+        budget=_budget(entries, plan),
         machine=costs.machine(),
         versions=costs.versions(),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -166,6 +171,7 @@ def compare(
         methods=([timing] if timing else []) + rows,
         reference=measured[0].entry.label,
         literature=_literature(entries),
+        rankings=rank(measured, measured[0], plan.budget) if plan.budget is not None else [],
     )
 
 
@@ -205,6 +211,9 @@ class _Run:
                         m.prefill_ms.append(1e3 * (time.perf_counter() - start))
                     if not own:
                         shared = cache
+                    m.yardstick = yardstick_of(runtime)
+                    if runtime.prefill is not None and kind == "text":
+                        m.area = runtime.prefill.report().get("prefill_area")
                     runtime.stats.reset()
                     with runtime.recording() if picture else nullcontext(None) as trace:
                         scores = decode_known(self.loaded.model, runtime, cache, segment)
@@ -245,7 +254,9 @@ class _Run:
         return transformers_row(model, timed, int(caches[0].nbytes)) if timed else None
 
 
-def _budget(entries: Sequence[Entry]) -> str:
+def _budget(entries: Sequence[Entry], plan: Plan) -> str:
+    if plan.budget is not None:
+        return f"1/{1 / plan.budget:g} of dense attention, the same for all"
     values = {getattr(e.method, "tokens", None) for e in entries} - {None}
     return ", ".join(sorted(f"1/{1 / v:g}" if isinstance(v, float) and v < 1 else f"{v:g}" for v in values)) or "full"
 

@@ -117,6 +117,7 @@ class Cost:
         weight_bytes_read: parameters read per token.
         peak_memory: of the process, in bytes.
         formula_bytes: what the method's own formula gives, for whoever checks the counts against it; not shown.
+        prefill_area: share of the causal attention map that the prompt's attention computed; None where dense.
     """
 
     prefill_ms: Spread | None = None
@@ -131,6 +132,7 @@ class Cost:
     weight_bytes_read: int = 0
     peak_memory: int | None = None
     formula_bytes: dict[str, float] | None = None
+    prefill_area: float | None = None
 
     @property
     def bytes_read(self) -> float:
@@ -239,6 +241,48 @@ class PaperFigure:
 
 
 @dataclass(frozen=True)
+class Place:
+    """A method's place in a ranking.
+
+    Attributes:
+        label: of its row.
+        rank: 1 + how many of the ranked methods are better by more than noise; methods may share a rank. None for what
+            is not ranked: oracles, and methods over the budget.
+        value: the mean.
+        stderr: its standard error; NaN where one sample leaves it unknown.
+        share: what it was measured to spend of what dense attention spends.
+        over: whether that is more than the budget.
+    """
+
+    label: str
+    rank: int | None
+    value: float
+    stderr: float
+    share: float | None
+    over: bool
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Methods that share a yardstick, best first.
+
+    Attributes:
+        metric: by what they are ordered.
+        yardstick: what the budget counts: KV bytes `read` per token, KV bytes `held`, or the `area` of attention that
+            prefill computes.
+        budget: share of what dense attention spends.
+        samples: independent samples that a difference rests on.
+        places: the order, those without a rank last.
+    """
+
+    metric: str
+    yardstick: str
+    budget: float
+    samples: int
+    places: list[Place]
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Methods side by side, measured in one run.
 
@@ -258,6 +302,7 @@ class Comparison:
         reference: slug or label of the row that the ratios are against.
         command: what to type to run it again.
         literature: the papers' own figures for the methods shown, if wanted.
+        rankings: the order of the methods at one budget, where the comparison was made as a study.
     """
 
     model: str
@@ -275,6 +320,7 @@ class Comparison:
     reference: str
     command: str = ""
     literature: list[PaperFigure] = field(default_factory=list)
+    rankings: list[Ranking] = field(default_factory=list)
 
     @property
     def reference_row(self) -> MethodResult | None:
@@ -366,5 +412,5 @@ def _adapter() -> TypeAdapter[Comparison]:
     return TypeAdapter(Comparison)
 
 
-for _record in (Spread, Estimate, Cost, Quality, Selection, MethodResult, PaperFigure, Comparison):
+for _record in (Spread, Estimate, Cost, Quality, Selection, MethodResult, PaperFigure, Place, Ranking, Comparison):
     setattr(_record, "__pydantic_config__", ConfigDict(ser_json_inf_nan="strings"))  # noqa: B010 (unknown to mypy)

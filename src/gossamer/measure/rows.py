@@ -49,6 +49,8 @@ class Measured:
     extra_bytes: int = 0
     overhead: float | None = None
     peak: int | None = None
+    yardstick: str | None = None
+    area: float | None = None
 
     def count(self, runtime: AttentionRuntime, cache: Any) -> None:
         """Take over what decode steps read, per token, and what the cache and the policies hold."""
@@ -158,6 +160,7 @@ def _cost(model: nn.Module, m: Measured, dense: Measured, context: int) -> Cost:
         weight_bytes_read=costs.weight_bytes(model),
         peak_memory=m.peak,
         formula_bytes=formula,
+        prefill_area=m.area,
     )
 
 

@@ -3,14 +3,18 @@ faster kernels."""
 
 from gossamer.ops._dispatch import available_backends, available_isas, set_isa, use_backend
 from gossamer.ops.block_sparse_attention import block_sparse_attention
+from gossamer.ops.compact_rows import compact_rows
 from gossamer.ops.decode_attention import decode_attention, merge_attention
+from gossamer.ops.key_scores import key_scores
 from gossamer.ops.label_attention import label_attention
 from gossamer.ops.labels import LabelCache, append_labels, label_scores
 from gossamer.ops.linear import linear
 from gossamer.ops.memory import advise_huge_pages
+from gossamer.ops.merge_rows import best_match, merge_rows
 from gossamer.ops.pooled_attention import pooled_attention
 from gossamer.ops.prepared import PreparedAttention, PreparedLabelAttention
 from gossamer.ops.select_topk import select_topk
+from gossamer.ops.tree_search import tree_search
 from gossamer.ops.vertical_slash_attention import (
     VerticalSlashIndex,
     vertical_slash_attention,
@@ -26,15 +30,20 @@ __all__ = [
     "append_labels",
     "available_backends",
     "available_isas",
+    "best_match",
     "block_sparse_attention",
+    "compact_rows",
     "decode_attention",
+    "key_scores",
     "label_attention",
     "label_scores",
     "linear",
     "merge_attention",
+    "merge_rows",
     "pooled_attention",
     "select_topk",
     "set_isa",
+    "tree_search",
     "use_backend",
     "vertical_slash_attention",
     "vertical_slash_index",

@@ -12,6 +12,8 @@ STATUS = {
     2: "indices hold a row id outside the rows that may be read",
     3: "counts must lie in 0 .. indices.shape[-1]",
     4: "channels hold an id outside 0 .. head_dim - 1",
+    5: "ids must ascend, without repeats, within the rows in use",
+    6: "a row cannot be both merged and merged into",
 }
 """What the native kernels report instead of crashing: they check values while they stream, Python checks shapes
 before."""

@@ -37,6 +37,7 @@ def block_sparse_attention(
     counts: Tensor | None = None,
     block_size: int = 64,
     key_block_size: int | None = None,
+    window: int | None = None,
     starts: Tensor | None = None,
     scale: float | None = None,
     return_lse: Literal[False] = False,
@@ -53,6 +54,7 @@ def block_sparse_attention(
     counts: Tensor | None = None,
     block_size: int = 64,
     key_block_size: int | None = None,
+    window: int | None = None,
     starts: Tensor | None = None,
     scale: float | None = None,
     return_lse: Literal[True],
@@ -68,6 +70,7 @@ def block_sparse_attention(
     counts: Tensor | None = None,
     block_size: int = 64,
     key_block_size: int | None = None,
+    window: int | None = None,
     starts: Tensor | None = None,
     scale: float | None = None,
     return_lse: bool = False,
@@ -91,6 +94,8 @@ def block_sparse_attention(
         int32 [B, Hsel, nq]: how many ids of each line are used; the rest may be anything.
     block_size, key_block_size
         Queries and keys of a block; ``key_block_size`` defaults to ``block_size``.
+    window
+        Each query also reads the last ``window`` positions up to its own, whatever the blocks say. Default none.
     starts
         int32 [B], rows of left padding: never read. Default 0.
     scale
@@ -106,8 +111,8 @@ def block_sparse_attention(
     Raises
     ------
     InputError
-        Shapes, dtypes or devices that do not fit, block sizes below 1, ids or counts out of range, ids that do not
-        ascend, ``starts`` beyond S.
+        Shapes, dtypes or devices that do not fit, block sizes below 1, a window below 1, ids or counts out of range, ids
+        that do not ascend, ``starts`` beyond S.
 
     Examples
     --------
@@ -121,6 +126,8 @@ def block_sparse_attention(
     key_block_size = block_size if key_block_size is None else key_block_size
     if block_size < 1 or key_block_size < 1:
         raise InputError(f"{_OP}: block sizes must be 1 or more, got {block_size} and {key_block_size}")
+    if window is not None and window < 1:
+        raise InputError(f"{_OP}: window must be 1 or more, got {window}")
     batch, heads, new, dim = query.shape
     kv_heads, length = key.shape[1:3]
     query_blocks, key_blocks = -(-new // block_size), -(-length // key_block_size)
@@ -143,7 +150,7 @@ def block_sparse_attention(
     starts = _checks.int32(_OP, "starts", starts, (batch,), query)
     scale = 1.0 / math.sqrt(dim) if scale is None else float(scale)
     run = torch.ops.gossamer.block_sparse_attention if torch.compiler.is_compiling() else _run
-    out, lse = run(query, key, value, blocks, counts, block_size, key_block_size, starts, scale, return_lse)
+    out, lse = run(query, key, value, blocks, counts, block_size, key_block_size, window, starts, scale, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -170,6 +177,7 @@ def _reference(
     counts: Tensor | None,
     block_size: int,
     key_block_size: int,
+    window: int | None,
     starts: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
@@ -180,8 +188,11 @@ def _reference(
     column = torch.arange(length, device=query.device) // key_block_size
 
     def mask(rows: slice) -> Tensor:
-        row = torch.arange(rows.start, rows.stop, device=query.device) // block_size
-        tokens: Tensor = chosen[:, :, row][..., column]
+        row = torch.arange(rows.start, rows.stop, device=query.device)
+        tokens: Tensor = chosen[:, :, row // block_size][..., column]
+        if window is not None:
+            position = row + length - query.shape[2]
+            tokens = tokens | (torch.arange(length, device=query.device) > position[:, None] - window)
         return tokens
 
     return masked_attention(query, key, value, mask, starts, scale, step=block_size)
@@ -195,6 +206,7 @@ def _run_native(
     counts: Tensor | None,
     block_size: int,
     key_block_size: int,
+    window: int | None,
     starts: Tensor | None,
     scale: float,
     return_lse: bool,
@@ -209,7 +221,7 @@ def _run_native(
         (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3]),
         (batch, heads, key.shape[1], new, key.shape[2], dim, block_size),
         (here if counts is None else 0, 0 if counts is None else here, _checks.pointer(counts)),
-        (*blocks.stride()[:3], blocks.shape[1], blocks.shape[3], key_block_size),
+        (*blocks.stride()[:3], blocks.shape[1], blocks.shape[3], key_block_size, min(window or 0, key.shape[2])),
         scale,
         DTYPE_CODES[query.dtype],
         torch.get_num_threads(),
@@ -227,15 +239,18 @@ def _run(
     counts: Tensor | None,
     block_size: int,
     key_block_size: int,
+    window: int | None,
     starts: Tensor | None,
     scale: float,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     backend = resolve(_OP, _GPU, query, key, value)
     if backend == "native":
-        return _run_native(query, key, value, blocks, counts, block_size, key_block_size, starts, scale, return_lse)
+        return _run_native(
+            query, key, value, blocks, counts, block_size, key_block_size, window, starts, scale, return_lse
+        )
     call = triton_call(_OP, _GPU) if backend == "triton" else _reference
-    out, lse = call(query, key, value, blocks, counts, block_size, key_block_size, starts, scale)
+    out, lse = call(query, key, value, blocks, counts, block_size, key_block_size, window, starts, scale)
     return out, lse.float() if return_lse else query.new_empty((0,), dtype=torch.float32)
 
 
@@ -251,6 +266,7 @@ def _fake(
     counts: Tensor | None,
     block_size: int,
     key_block_size: int,
+    window: int | None,
     starts: Tensor | None,
     scale: float,
     return_lse: bool,

@@ -1,108 +1,28 @@
-"""Tree search for the best of many blocks: hold N segments, halve each, score one representative per half, keep the best N.
-
-Finds (nearly) the best N of M blocks with ``2N·⌈log₂(M/N)⌉`` scores instead of M, where near blocks score alike (HiP,
-arXiv 2406.09827). A *line* is one search; all lines of a tensor go down together, and the only loop is over levels.
-Integer arithmetic throughout: halving floats would lose blocks or make them twice.
+"""What a tree search over a prompt's keys searches and finds: the layout of sinks, window and searched region, and the vote of
+several searches. The search itself is `gossamer.ops.tree_search` (HiP, arXiv 2406.09827).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-Representative = Literal["center", "first", "last"]
-#: Scores float ``[..., 2N]`` of halves that start at and hold ``[..., 2N]`` blocks; what is said of empty ones is not used.
-Score = Callable[[Tensor, Tensor], Tensor]
+from gossamer.ops.tree_search import Found, Representative, descend, initial_segments, levels, pack, representatives
 
-
-class Found(NamedTuple):
-    """Chosen blocks: int32 ``[..., N]`` ascending (slots beyond the count are 0), int32 counts and int64 scores taken ``[...]``."""
-
-    blocks: Tensor
-    counts: Tensor
-    evaluations: Tensor
-
-
-def initial_segments(blocks: Tensor, nodes: int) -> tuple[Tensor, Tensor]:
-    """Starts and sizes int64 ``[..., nodes]`` that part ``[...]`` blocks evenly; sizes are 0 or 1 where there are too few.
-
-    >>> starts, sizes = initial_segments(torch.tensor([10, 2]), 4)
-    >>> starts.tolist(), sizes.tolist()
-    ([[0, 2, 5, 7], [0, 0, 1, 1]], [[2, 3, 2, 3], [0, 1, 0, 1]])
-    """
-    edges = blocks.long()[..., None] * torch.arange(nodes + 1, device=blocks.device) // nodes
-    return edges[..., :-1], edges.diff(dim=-1)
-
-
-def levels(blocks: Tensor, nodes: int) -> Tensor:
-    """Halvings until every segment holds one block, int64 ``[...]``: ``⌈log₂ of the largest first segment⌉``.
-
-    >>> levels(torch.tensor([0, 4, 5, 8, 9, 16, 17]), 4).tolist()
-    [0, 0, 1, 1, 2, 2, 3]
-    """
-    largest = (blocks.long() + nodes - 1) // nodes
-    return torch.frexp((largest - 1).clamp_min(0).double())[1].long()  # the bit length of largest − 1
-
-
-def halves(starts: Tensor, sizes: Tensor, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Left halves, then right ones, ``[..., 2N]``: left holds ``⌊size/2⌋`` (+ `shift`, inside the segment), right the rest.
-
-    >>> halves(torch.tensor([4]), torch.tensor([5]))
-    (tensor([4, 6]), tensor([2, 3]))
-    """
-    left = sizes // 2
-    if shift is not None:  # both halves of a segment of two or more stay non-empty
-        left = torch.where(sizes > 1, (left + shift).clamp_min(1).minimum(sizes - 1), left)
-    return torch.cat([starts, starts + left], -1), torch.cat([left, sizes - left], -1)
-
-
-def representatives(starts: Tensor, sizes: Tensor, which: Representative) -> Tensor:
-    """The block that speaks for each segment."""
-    if which == "center":
-        return starts + sizes // 2
-    return starts if which == "first" else (starts + sizes - 1).maximum(starts)
-
-
-def descend(
-    blocks: Tensor, nodes: int, score: Score, jitter: int = 0, generator: torch.Generator | None = None
-) -> Found:
-    """Search every line for its best `nodes` blocks; lines that have no more than that keep all, unscored.
-
-    Args:
-        blocks: int ``[...]``, blocks of each line.
-        score: see `Score`; called once a level with all lines.
-        jitter: move each split by a random −jitter … jitter (an ensemble's members differ by it).
-        generator: for the jitter, on the CPU.
-    """
-    starts, sizes = initial_segments(blocks, nodes)
-    depth, evaluations, level = levels(blocks, nodes), torch.zeros_like(blocks, dtype=torch.int64), 0
-    while True:
-        # Even splits end after `depth` levels whatever the scores; a finished line only keeps what it has.
-        open_lines = sizes.amax(-1) > 1 if jitter else level < depth
-        if not bool(open_lines.any()):
-            break
-        shift = None
-        if jitter:
-            drawn = torch.randint(-jitter, jitter + 1, sizes.shape, generator=generator)
-            shift = drawn.to(sizes.device)
-        starts, sizes = halves(starts, sizes, shift)
-        scores = score(starts, sizes).masked_fill(sizes < 1, float("-inf"))
-        best = scores.topk(nodes, dim=-1, sorted=False).indices
-        starts, sizes = starts.gather(-1, best), sizes.gather(-1, best)
-        evaluations += 2 * nodes * open_lines
-        level += 1
-    return Found(*pack(starts, sizes > 0), evaluations)
-
-
-def pack(ids: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """The valid ids of each line ascending and first, the rest 0: int32 ``[..., N]`` and counts int32 ``[...]``."""
-    last = torch.iinfo(torch.int32).max
-    packed = ids.masked_fill(~valid, last).sort(-1).values
-    return packed.masked_fill(packed == last, 0).to(torch.int32), valid.sum(-1, dtype=torch.int32)
+__all__ = [
+    "Found",
+    "HipIndex",
+    "Layout",
+    "Representative",
+    "descend",
+    "initial_segments",
+    "levels",
+    "pack",
+    "representatives",
+    "vote",
+]
 
 
 def vote(members: list[Found], threshold: int = 1) -> Found:

@@ -197,7 +197,8 @@ def remarks(comparison: Comparison) -> list[Remark]:
     """What the numbers do not say by themselves: failures, where a method does not pay and why, ties, notes."""
     found = [Remark("error", f"{m.label} did not run: {one_line(m.error)}") for m in comparison.methods if m.error]
     found += [Remark("pay", text) for text in _where_it_does_not_pay(comparison)]
-    found += [Remark("noise", text) for text in _ties(comparison)]
+    if not comparison.rankings:  # they say it better, from paired samples
+        found += [Remark("noise", text) for text in _ties(comparison)]
     notes: dict[str, list[str]] = {}
     for row in comparison.methods:
         for note in row.notes:

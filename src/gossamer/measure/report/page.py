@@ -30,6 +30,7 @@ from gossamer.measure.report.numbers import (
 )
 from gossamer.measure.report.page_tables import cost_table, quality_table, table_html
 from gossamer.measure.report.plots import marks_of, page_data
+from gossamer.measure.report.ranking import rankings_html
 from gossamer.measure.results import Comparison, MethodResult, write_whole
 
 
@@ -56,6 +57,7 @@ def page(comparison: Comparison) -> str:
         "findings": _cards(comparison),
         "quality_table": quality_table(comparison, marks),
         "cost_table": cost_table(comparison, marks),
+        "rankings": rankings_html(comparison),
         "time_caption": escape(_time_caption(comparison)),
         "remarks": _remarks_html(comparison),
         "literature": _literature(comparison),

@@ -30,6 +30,7 @@ from gossamer.measure.report.numbers import (
     percent,
     perplexity,
 )
+from gossamer.measure.report.ranking import markdown_lines, print_rankings
 from gossamer.measure.results import Comparison, MethodResult
 
 # The terminal's table: spaces between columns, the name's width worth dropping a column for, and what goes first.
@@ -69,6 +70,7 @@ def table(comparison: Comparison, console: Console | None = None) -> None:
     console.print(grid)
     console.print()
     console.print(Text(_legend(comparison, hidden), style="dim"))
+    print_rankings(comparison, console)
     found = remarks(comparison)
     if found:
         console.print()
@@ -96,7 +98,7 @@ def to_markdown(comparison: Comparison) -> str:
         if row.error is not None:
             texts = ["failed", *[""] * (len(columns) - 1)] if columns else []
         lines.append(f"| {_markdown(one_line(row.label))} | " + " | ".join(texts) + " |")
-    lines += ["", _markdown(_legend(comparison)), ""]
+    lines += ["", _markdown(_legend(comparison)), *markdown_lines(comparison), ""]
     lines += [f"- {_markdown(remark.text)}" for remark in remarks(comparison)]
     return "\n".join(lines).rstrip() + "\n"
 
