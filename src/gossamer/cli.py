@@ -355,7 +355,10 @@ def calibrate(
         Path | None, typer.Option("--out", "-o", help="File to write (default: SLUG.safetensors).")
     ] = None,
     text: Annotated[str, typer.Option(help="Calibration text: prose, code, or a path.")] = "prose",
-    blocks: Annotated[int, typer.Option(min=1, help="Blocks of 512 tokens.")] = 16,
+    blocks: Annotated[int, typer.Option(min=1, help="Blocks of tokens.")] = 16,
+    length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens in a block (default: what suits the method, or 512).")
+    ] = None,
     import_: Annotated[
         Path | None, typer.Option("--import", help="Convert this file of the method's official release instead.")
     ] = None,
@@ -364,7 +367,7 @@ def calibrate(
     threads: ThreadsOpt = None,
 ) -> None:
     """Learn what a method needs from a text, and keep it in a file."""
-    from gossamer.measure.compare import calibration_tokens
+    from gossamer.measure.compare import calibration_tokens, learn
     from gossamer.registry import make
 
     made: Any = make(slug, **_settings(set_))
@@ -380,7 +383,8 @@ def calibrate(
         if import_ is not None:
             calibration = made.import_calibration(import_, loaded.model)
         else:
-            calibration = made.calibrate(loaded.model, calibration_tokens(loaded, text, blocks, made))
+            tokens = calibration_tokens(loaded, text, blocks, made, length)
+            calibration = learn(made, loaded.model, tokens, progress)
     calibration.save(path)
     out.print(f"wrote {path} ({path.stat().st_size / 1e3:.0f} kB, for {loaded.name})", highlight=False)
 

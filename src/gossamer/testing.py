@@ -50,6 +50,7 @@ class Case:
         forgetful: whether a step is the same whether the tokens before it were read in a dense block or decoded one by one
             (false for methods that remember attention).
         fixed_bytes: whether a step at a length that is a multiple of 16 reads what `io_bytes` says.
+        learn: settings with which its calibration is made (default: the method's own).
     """
 
     slug: str
@@ -60,6 +61,7 @@ class Case:
     row_wise: bool = True
     forgetful: bool = True
     fixed_bytes: bool = True
+    learn: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return self.slug + "".join(f" {k}={v}" for k, v in self.settings.items())
@@ -105,9 +107,13 @@ def _model() -> PreTrainedModel:
     return tiny_model("qwen2")  # three layers, four query heads on two KV heads
 
 
+def _calibration(case: Case) -> Calibration | None:
+    return _learned(case.slug, json.dumps(case.learn, sort_keys=True))
+
+
 @cache
-def _calibration(slug: str) -> Calibration | None:
-    method = cast(AttentionMethod, make(slug))
+def _learned(slug: str, settings: str) -> Calibration | None:
+    method = cast(AttentionMethod, make(slug, **json.loads(settings)))
     if "calibration" not in method.needs:
         return None
     return method.calibrate(_model(), _ids(2, 96, seed=11))
@@ -191,7 +197,7 @@ class AttentionContract:
 
     def attach(self, case: Case, **changes: Any) -> AttentionHandle:
         """The case's method on the suite's model."""
-        return case.method(**changes).attach(_model(), _calibration(case.slug))
+        return case.method(**changes).attach(_model(), _calibration(case))
 
     # -- quality ------------------------------------------------------------------------------------------------------
 
@@ -378,7 +384,7 @@ class AttentionContract:
         stream, mask = Stream(), torch.ones(2, 64, dtype=torch.bool)
         mask[1, :16] = False
         before, weights = copy.deepcopy((stream, mask)), copy.deepcopy(_model().state_dict())
-        calibration = copy.deepcopy(_calibration(case.slug))
+        calibration = copy.deepcopy(_calibration(case))
         with self.attach(case) as handle:
             stream.feed(handle, 40, *[1] * 24, mask=mask)
         for name in ("query", "key", "value"):
@@ -388,7 +394,7 @@ class AttentionContract:
             assert torch.equal(layer.values, stream.value[i])
         assert torch.equal(mask, before[1])
         assert all(torch.equal(v, weights[k]) for k, v in _model().state_dict().items())
-        now = _calibration(case.slug)
+        now = _calibration(case)
         if calibration is not None and now is not None:
             assert all(torch.equal(v, calibration.tensors[k]) for k, v in now.tensors.items())
 
@@ -477,7 +483,7 @@ class AttentionContract:
 
     def test_calibration_round_trip(self, case: Case, tmp_path: Path) -> None:
         """A saved and loaded calibration makes the same run."""
-        calibration = _calibration(case.slug)
+        calibration = _calibration(case)
         if calibration is None:
             pytest.skip("needs no calibration")
         loaded = Calibration.load(calibration.save(tmp_path / "calibration.safetensors"))

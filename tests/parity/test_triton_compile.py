@@ -31,6 +31,7 @@ def test_kernels_compile_for_an_h100(tmp_path):
         "_merge",
         "_select",
         "_append",
+        "_pool",
         "_score",
         "_key_scores",
         "_read",
@@ -57,6 +58,7 @@ def main():
     from gossamer.gpu.key_scores import key_scores
     from gossamer.gpu.labels import append_labels, label_scores
     from gossamer.gpu.merge_rows import merge_rows
+    from gossamer.gpu.pooled_attention import pooled_attention
     from gossamer.gpu.prefill_attention import block_sparse_attention, vertical_slash_attention
     from gossamer.gpu.quantized_kv import quantized_decode_attention
     from gossamer.gpu.select_topk import select_topk
@@ -103,6 +105,8 @@ def main():
         blocks = torch.ones(2, 4, 4, 32, dtype=torch.bool)
         block_sparse_attention(prompt, key, key, blocks, None, 64, 64, 99, ids(2), 1.0)
         vertical_slash_attention(key, key, key, ids(2, 4, 30), ids(2, 4, 99), 64, None, 1.0)
+        pooled_attention(prompt, key, 64, 64, starts=ids(2), scale=1.0)
+        pooled_attention(prompt, key, 1, 128, scale=1.0)
     compact_rows(torch.zeros(2, 4, 2048, 20, dtype=torch.uint8), ids(2, 4, 256), 2048)
     decode_attention(query, key, key, indices=ids(2, 16, 64), scale=1.0)
     block_sparse_attention(prompt[:, :, :64], key, key, ids(2, 16, 4, 9), ids(2, 16, 4), 16, 128, None, None, 1.0)

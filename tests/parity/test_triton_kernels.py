@@ -30,6 +30,7 @@ from gossamer.ops import (  # noqa: E402
     label_attention,
     label_scores,
     merge_rows,
+    pooled_attention,
     quantize_rows,
     quantized_decode_attention,
     select_topk,
@@ -462,6 +463,23 @@ def test_block_sparse_attention(heads, kv_heads, select, new, rows, dim, size, k
     ids = torch.where(mask, torch.arange(mask.shape[3]), far).sort(-1).values.int()
     how["window"] = 29
     check_attention(lambda: block_sparse_attention(q, k, v, ids, counts=mask.sum(-1).int(), **how), dtype)
+
+
+POOLS = [  # new, rows, dim, block, key block
+    (70, 70, 32, 16, 16, F32),
+    (50, 91, 20, 32, 16, BF16),
+    (100, 130, 64, 100, 7, F16),
+    (70, 80, 16, 1, 32, F32),
+    (40, 40, 16, 5, 90, F32),
+]
+
+
+@pytest.mark.parametrize(("new", "rows", "dim", "size", "keys", "dtype"), POOLS)
+def test_pooled_attention(new, rows, dim, size, keys, dtype):
+    starts = ints(0, 33)
+    q, k, _ = prompt(2, 4, 2, new, rows, dim, dtype, starts)
+    want, got = both(lambda: pooled_attention(q, k, size, key_block=keys, starts=starts))
+    torch.testing.assert_close(want, got, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
 def test_key_blocks_out_of_range_are_not_read():

@@ -237,6 +237,17 @@ struct QuantizedArgs {
   DType scales;
 };
 
+struct PooledArgs {
+  const void *query, *key;  // [B,H,T,d], [B,Hkv,S,d]
+  float* out;               // [B,H,ceil(T/block),ceil(S/key_block)], contiguous, zeros
+  const int32_t* starts;    // [B], or null
+  int64_t q_batch, q_head, q_row, k_batch, k_head, k_row;
+  int64_t batch, heads, kv_heads, rows, length, dim, block, key_block;
+  float scale;
+  DType dtype;
+  int threads;
+};
+
 struct Kernels {
   const char* name;
   Status (*decode_attention)(const AttentionArgs&);
@@ -257,6 +268,7 @@ struct Kernels {
   Status (*vertical_slash_index)(const VerticalSlashArgs&);
   Status (*best_match)(const MatchArgs&);
   Status (*quantized_attention)(const QuantizedArgs&);
+  Status (*pooled_attention)(const PooledArgs&);
 };
 
 #define GOSSAMER_DECLARE_KERNELS(isa)                      \
@@ -279,6 +291,7 @@ struct Kernels {
   Status vertical_slash_index(const VerticalSlashArgs&);   \
   Status best_match(const MatchArgs&);                     \
   Status quantized_attention(const QuantizedArgs&);        \
+  Status pooled_attention(const PooledArgs&);              \
   }
 GOSSAMER_DECLARE_KERNELS(baseline)
 GOSSAMER_DECLARE_KERNELS(avx2)

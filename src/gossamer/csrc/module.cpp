@@ -36,6 +36,7 @@ namespace {
     .vertical_slash_index = isa::vertical_slash_index,          \
     .best_match = isa::best_match,                              \
     .quantized_attention = isa::quantized_attention,            \
+    .pooled_attention = isa::pooled_attention,                  \
   }
 
 // Slowest first; only what this processor can run.
@@ -509,6 +510,18 @@ int best_match(nb::tuple tensors, nb::tuple strides, nb::tuple sizes, float tau,
   return call(active->best_match, a);
 }
 
+int pooled_attention(nb::tuple tensors, nb::tuple strides, nb::tuple sizes, float scale, int dtype, int threads) {
+  PooledArgs a{};
+  Reader t(tensors), r(strides), s(sizes);
+  a.query = t.pointer<void>(), a.key = t.pointer<void>(), a.out = t.pointer<float>(), a.starts = t.pointer<int32_t>();
+  a.q_batch = r.next(), a.q_head = r.next(), a.q_row = r.next();
+  a.k_batch = r.next(), a.k_head = r.next(), a.k_row = r.next();
+  a.batch = s.next(), a.heads = s.next(), a.kv_heads = s.next(), a.rows = s.next(), a.length = s.next(), a.dim = s.next();
+  a.block = s.next(), a.key_block = s.next();
+  a.scale = scale, a.dtype = DType(dtype), a.threads = team(threads, a.batch * a.heads * a.rows * a.length);
+  return call(active->pooled_attention, a);
+}
+
 }  // namespace
 }  // namespace gossamer
 
@@ -534,6 +547,7 @@ NB_MODULE(_native, m) {
   m.def("label_attention", &label_attention);
   m.def("linear", &linear);
   m.def("best_match", &best_match);
+  m.def("pooled_attention", &pooled_attention);
   m.def("read_all", &read_all);
   m.def("attention_row", &attention_row);
   m.def("attention_columns", &attention_columns);

@@ -269,6 +269,8 @@ class AttentionRuntime:
             )
         self.said: dict[str, str] = {}  # remarks made so far
         self._self = weakref.ref(self)
+        #: Of the tokens of the running forward, as its caller gave them; None: they count from the cache's length.
+        self.position_ids: Tensor | None = None
         self._cache: Any = None
         self._mask: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
         self._layers = None if self.storage is None else self.storage.layers(self.shape)  # may refuse the model
@@ -329,6 +331,7 @@ class AttentionRuntime:
             names = list(inspect.signature(module.forward).parameters)
             args, kwargs = args[:1], {**dict(zip(names[1:], args[1:], strict=False)), **kwargs}
         cache = kwargs.get("past_key_values")
+        self.position_ids = kwargs.get("position_ids")
         self._mask = (None, None, None)
         self._cache = None
         if cache is not None:

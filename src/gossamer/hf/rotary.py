@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 from typing import Any, cast
@@ -84,6 +85,37 @@ class Rotary:
         """`x` ``[…, d]`` before its rotation for the positions `old`: RoPE is orthogonal, its inverse turns back."""
         cos, sin = self.tables(layer, old)
         return turn(x, cos, -sin)
+
+    def plain(self, x: Tensor, layer: int, old: Tensor) -> Tensor:
+        """`x` as it left its projection: `undo`, and without the model's scaling of the rotated channels (YaRN)."""
+        cos, sin = self.tables(layer, old)
+        return turn(x, cos / self.scale[layer], -sin / self.scale[layer])
+
+    def rotated(self, x: Tensor, layer: int, new: Tensor) -> Tensor:
+        """The inverse of `plain`: what the model itself makes of `x` at the positions `new`."""
+        cos, sin = self.tables(layer, new)
+        return turn(x, cos * self.scale[layer], sin * self.scale[layer])
+
+    def of_width(self, width: int) -> Rotary:
+        """The same base and scaling for heads of `width` channels (even), as a model with such heads would have it.
+
+        Raises:
+            ModelError: the family's embedding cannot be made at that width.
+        """
+        config = copy.deepcopy(self.module.config)
+        other = copy.copy(self)
+        try:
+            config.head_dim = width
+            device = next(iter(self.module.buffers())).device
+            other.module, other.scale, other.near = type(self.module)(config).to(device), {}, {}
+            made = other._call(0, torch.zeros(1, 1, dtype=torch.long, device=device))[0].shape[-1]
+        except (TypeError, RuntimeError, ValueError, AttributeError, KeyError, StopIteration) as error:
+            raise ModelError(f"{type(self.module).__name__} cannot be made {width} channels wide: {error}") from None
+        if made > width:
+            raise ModelError(
+                f"{type(self.module).__name__} takes its width from elsewhere: use gates as wide as the heads"
+            )
+        return other
 
     def _call(self, layer: int, positions: Tensor) -> tuple[Tensor, Tensor]:
         like = torch.empty(0, dtype=torch.float32, device=positions.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import inspect
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -77,13 +78,29 @@ def _no_progress(what: str, done: int, total: int) -> None:
 
 
 def calibration_tokens(
-    loaded: LoadedModel, source: str = "prose", blocks: int = CALIBRATION_BLOCKS, method: Any = None
+    loaded: LoadedModel,
+    source: str = "prose",
+    blocks: int = CALIBRATION_BLOCKS,
+    method: Any = None,
+    length: int | None = None,
 ) -> Tensor:
-    """Token blocks for calibration: a method's own sample if it makes one, or a text's part that evaluation never sees."""
+    """Token blocks for calibration: a method's own sample if it makes one, or a text's part that evaluation never sees.
+
+    `length`: tokens in a block (default: the method's `calibration_length`, or 512).
+    """
     if hasattr(method, "calibration_sample"):
         sample: Tensor = method.calibration_sample(loaded.model, loaded.tokenizer)
         return sample
-    return token_blocks(loaded.tokenizer, split(text(source), "calibration"), CALIBRATION_BLOCK, blocks)
+    if length is None:
+        length = int(getattr(method, "calibration_length", CALIBRATION_BLOCK))
+    return token_blocks(loaded.tokenizer, split(text(source), "calibration"), length, blocks)
+
+
+def learn(method: Any, model: Any, tokens: Tensor, progress: Progress = _no_progress) -> Calibration:
+    """`method.calibrate`, which tells of its progress where it can."""
+    telling = "progress" in inspect.signature(method.calibrate).parameters
+    made: Calibration = method.calibrate(model, tokens, **({"progress": progress} if telling else {}))
+    return made
 
 
 def entries_of(loaded: LoadedModel, methods: Sequence[Method], progress: Progress = _no_progress) -> list[Entry]:
@@ -93,8 +110,7 @@ def entries_of(loaded: LoadedModel, methods: Sequence[Method], progress: Progres
     for index, method in enumerate(methods):
         if "calibration" in method.needs and method.slug not in made:
             progress(f"calibrating {method.slug}", index, len(methods))
-            calibrated: Any = method
-            made[method.slug] = calibrated.calibrate(loaded.model, calibration_tokens(loaded, method=method))
+            made[method.slug] = learn(method, loaded.model, calibration_tokens(loaded, method=method), progress)
         label = method.name
         if any(m.slug == method.slug and m != method for m in methods):
             label += " (" + ", ".join(f"{k}={v}" for k, v in method.settings().items()) + ")"

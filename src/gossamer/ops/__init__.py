@@ -12,6 +12,7 @@ from gossamer.ops.labels import LabelCache, append_labels, label_scores
 from gossamer.ops.linear import linear
 from gossamer.ops.memory import advise_huge_pages
 from gossamer.ops.merge_rows import best_match, merge_rows
+from gossamer.ops.pooled_attention import pooled_attention
 from gossamer.ops.prepared import Prepared, PreparedAttention, PreparedLabelAttention, PreparedQuantizedAttention
 from gossamer.ops.quantized_kv import QuantizedRows, dequantize_rows, quantize_rows, quantized_decode_attention
 from gossamer.ops.select_topk import select_topk
@@ -46,6 +47,7 @@ __all__ = [
     "linear",
     "merge_attention",
     "merge_rows",
+    "pooled_attention",
     "quantize_rows",
     "quantized_decode_attention",
     "select_topk",

@@ -65,6 +65,7 @@ _MODULES = (
     "ems",
     "hip_attention",
     "minference",
+    "seerattention",
     "tidaldecode",
     "tokenselect",
     "zipvl",
