@@ -724,7 +724,7 @@ class QuantizedAttention : public Pieces<T, QuantizedAttention<T, S>> {
   const int64_t v_bytes;
   int lanes;  // of 16 bytes that are interleaved at a time; 0: values go the way of floats
   const int64_t digits_at;
-  const bool two;  // digits of the query; one for bfloat16 and few bits, whose own error is ten times larger
+  const bool two;  // digits of the query; one for bfloat16 and few bits, whose own error is six times larger or more
   const float middle;
   int32_t* places;
   Work* work;
