@@ -13,8 +13,10 @@ from gossamer.ops.quantized_kv import pack, row_bytes, scales_of, unpack
 
 needs_native = pytest.mark.skipif("native" not in ops.available_backends(), reason="native kernels are not built")
 # The query is held to 15 bits of its largest channel (steps folded in), weights to 16 bits of the largest of a block. With
-# a bfloat16 query and codes of 2 or 4 bits it is 7 bits: a tenth of what such codes lose themselves.
-TOLERANCE = {torch.float32: 1.5e-3, torch.bfloat16: 4e-2}
+# a bfloat16 query and codes of 2 or 4 bits it is 7 bits, a sixth or less of what such codes lose themselves (measured: 0.6 to
+# 3 % beside 13 to 80 % of the output).
+TOLERANCE = {torch.float32: 1.5e-3, torch.bfloat16: 0.25}
+RMS = {torch.float32: 1e-3, torch.bfloat16: 0.06}
 AXES = [("token", None), ("channel", 16), ("channel", 24), ("channel", 64), ("channel", None)]
 
 
@@ -57,9 +59,12 @@ def both(*args, **kwargs):
 
 
 def assert_same(actual, expected, dtype):
-    tolerance = TOLERANCE[dtype]
     for x, y in zip(actual, expected, strict=True):
-        torch.testing.assert_close(x.float(), y.float(), atol=tolerance, rtol=tolerance)
+        x, y = x.float(), y.float()
+        torch.testing.assert_close(x, y, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+        known = y.isfinite()
+        error, size = (x - y)[known].square().sum().sqrt(), y[known].square().sum().sqrt()
+        assert error <= RMS[dtype] * size + 1e-6
 
 
 @needs_native

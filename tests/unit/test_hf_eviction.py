@@ -161,3 +161,19 @@ def test_a_block_cannot_be_teacher_forced():
             model(ids, use_cache=True)
     finally:
         runtime.detach()
+
+
+def test_dense_figures_count_the_tokens_seen():
+    """What was dropped would have been read: the share of rows kept is of all tokens, not of those that are left."""
+    model, ids = tiny_model(), torch.randint(0, 256, (2, 30))
+    runtime = AttentionRuntime(model, cache=Window(8))
+    with torch.no_grad():
+        cache = GossamerCache()
+        model(ids[:, :20], past_key_values=cache)
+        for t in range(20, 30):
+            model(ids[:, t : t + 1], past_key_values=cache)
+    runtime.detach()
+    stats, heads = runtime.stats, 2 * 2 * 2  # layers, sequences, KV heads
+    assert stats.rows == 10 * 9 * heads
+    assert stats.dense_rows == sum(range(21, 31)) * heads
+    assert stats.dense_bytes == stats.dense_rows * 2 * 16 * 4

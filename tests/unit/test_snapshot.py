@@ -164,3 +164,13 @@ def test_bad_files_are_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot write"):
         save_cache(cache, tmp_path / "file" / "c", model)
+
+
+@pytest.mark.parametrize("name", ["rtn-kv", "h2o", "quest + h2o + rtn-kv"])
+def test_beam_search_runs(name):
+    model, tokens = _model(), ids(24)
+    with recipe(name).attach(model):
+        out = model.generate(tokens, max_new_tokens=12, num_beams=3, do_sample=False)
+        alone = model.generate(tokens[:1], max_new_tokens=12, num_beams=3, do_sample=False)
+    assert out.shape == (2, 36)
+    assert torch.equal(out[:1], alone)

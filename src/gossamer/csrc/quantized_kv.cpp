@@ -17,9 +17,8 @@ thread_local Scratch scratch;
 
 constexpr int kListedQuantized = 64;
 constexpr int kHeads = kLanes == 16 ? 4 : 2;  // query heads of a pass: two digits each, and as many sums
-constexpr int64_t kAhead = 64;                // rows of a range that are fetched before they are needed
 constexpr int64_t kRun = 8;                   // rows of one group worth a tile
-constexpr int64_t kBuffer = 16384;            // bytes of interleaved rows that stay in L1
+constexpr int64_t kBuffer = 8192;             // bytes of interleaved rows that stay in L1
 
 // kLanes codes from channel c on, in order; c is a multiple of kLanes (of 4 for the narrowest).
 template <int C>
@@ -567,10 +566,7 @@ class QuantizedAttention : public Pieces<T, QuantizedAttention<T, S>> {
   }
 
   void tile(Work& w, int64_t at, int64_t rows, int64_t k_bytes, const float* step, const float* zero) {
-    for (int64_t i = at; i < at + rows; ++i) {
-      prefetch_row(w.values[i], v_bytes);
-      if (!a.indices) prefetch_row(w.keys[i] + kAhead * x.key.c_row, k_bytes);
-    }
+    for (int64_t i = at; i < at + rows; ++i) prefetch_row(w.values[i], v_bytes);
     to_tile(w.keys + at, k_bytes, w.tile);
     to_tile(w.keys + at + (rows > kTokens ? kTokens : 0), k_bytes, w.tile + k_bytes * kTokens);  // a short run takes rows of the next along: their scores are overwritten
     for_heads<kHeads>(x.key.bits, [&](auto c, auto n, int64_t g) {
@@ -640,6 +636,8 @@ class QuantizedAttention : public Pieces<T, QuantizedAttention<T, S>> {
     for (int64_t i = from; i < to; i += some) {
       const int64_t rows = imin(some, to - i), quads = ceil_div(rows, 4);
       const int bits = x.value.bits;
+      if (!a.indices)  // the keys of the next block come while values are added
+        for (int64_t r = i; r < i + rows; ++r) prefetch_row(w.keys[r] + block_rows * x.key.c_row, a.dim * x.key.bits / 8);
       if (bits == 8) interleave<8>(w.values + i, quads, v_bytes, lanes, w.buffer);
       else if (bits == 4) interleave<4>(w.values + i, quads, v_bytes, lanes, w.buffer);
       else interleave<2>(w.values + i, quads, v_bytes, lanes, w.buffer);
@@ -724,7 +722,7 @@ class QuantizedAttention : public Pieces<T, QuantizedAttention<T, S>> {
   const int64_t v_bytes;
   int lanes;  // of 16 bytes that are interleaved at a time; 0: values go the way of floats
   const int64_t digits_at;
-  const bool two;  // digits of the query; one for bfloat16 and few bits, whose own error is ten times larger
+  const bool two;  // digits of the query; one for bfloat16 and few bits, whose own error is six times larger or more
   const float middle;
   int32_t* places;
   Work* work;

@@ -341,7 +341,7 @@ def quantized_decode_attention(
     -------
     [B, H, d] in the dtype of ``query``: what :func:`~gossamer.ops.decode_attention.decode_attention` gives for the
     dequantised rows. The native kernels hold the query, its steps folded in, to 15 bits of its largest channel (7 bits if
-    it is bfloat16 and codes have 2 or 4 bits, which lose ten times that themselves) and weights to 16 bits of the largest
+    it is bfloat16 and codes have 2 or 4 bits, which lose six times that and more themselves) and weights to 16 bits of the largest
     of a block of rows. With ``return_lse`` also the float32 log-sum-exp [B, H].
 
     Raises
