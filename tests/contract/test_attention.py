@@ -8,6 +8,10 @@ from gossamer.registry import methods
 from gossamer.testing import METHODS, AttentionContract
 
 
+#: ZipVL leaves tokens out of attention, queries among them: such a query attends to nothing. Its tests are its own.
+EXEMPT = {"zipvl"}
+
+
 class TestAttention(AttentionContract):
     pass
 
@@ -18,4 +22,4 @@ def test_every_method_of_the_family_keeps_the_contract() -> None:
     exact = Path(__file__).parents[1] / "exact"
     files = {slug: exact / f"test_{slug.replace('-', '_')}.py" for slug in registered}
     own = {slug for slug, file in files.items() if file.exists() and "(AttentionContract)" in file.read_text()}
-    assert registered == own | {case.slug for case in METHODS}
+    assert registered - EXEMPT == own | {case.slug for case in METHODS}

@@ -11,7 +11,7 @@ from gossamer.hf import CachePolicy, GossamerCache, ModelShape, QuantizedKVLayer
 from gossamer.policies import PolicyMethod, attach
 from gossamer.recipe import Recipe
 from gossamer.registry import make
-from gossamer.testing import Stream, _calibration, _model
+from gossamer.testing import Stream, _learned, _model
 
 SMALL = {"group": 8, "residual": 4}
 TOKENWISE = {**SMALL, "key_axis": "token", "value_axis": "token"}
@@ -143,7 +143,7 @@ def test_conflicts_are_named(tmp_path):
         attach(model, [(MergingMethod(), None), (RTNKV(**TOKENWISE), None)])
     offloaded = make("double-sparsity", offload="file", offload_folder=str(tmp_path))
     with pytest.raises(RecipeError, match=r"rtn-kv keeps rows in memory and double-sparsity offloads them"):
-        Recipe.of((offloaded, _calibration("double-sparsity")), RTNKV()).attach(model)
+        Recipe.of((offloaded, _learned("double-sparsity", "{}")), RTNKV()).attach(model)
     with pytest.raises(RecipeError, match=r"both take the slot cache.storage"):
         Recipe.of(RTNKV(), RTNKV(bits=8))
     assert model.config._attn_implementation == "sdpa"
@@ -172,7 +172,7 @@ def test_every_decode_method_runs_on_eight_bits(slug, settings):
         settings = {"dense_layers": (), **settings}
     settings = {k: v for k, v in settings.items() if k in fields}
     method, outs, reads = make(slug, **settings), [], []
-    calibration = _calibration(slug) if settings.get("stat") != "neighbours" else None
+    calibration = _learned(slug, "{}") if settings.get("stat") != "neighbours" else None
     for storage in ([], [RTNKV(bits=8, **SMALL)]):
         stream = Stream()
         with Recipe.of((method, calibration), *storage).attach(_model()) as handle:
@@ -239,7 +239,7 @@ def test_double_sparsity_on_eight_bits_keeps_the_logits():
     logits = []
     for storage in ([], [RTNKV(bits=8, **SMALL)]):
         cache = GossamerCache()
-        with Recipe.of((method, _calibration("double-sparsity")), *storage).attach(model):
+        with Recipe.of((method, _learned("double-sparsity", "{}")), *storage).attach(model):
             model(ids[:, :48], past_key_values=cache)
             steps = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(48, 72)]
         logits.append(torch.cat(steps, 1))

@@ -418,7 +418,7 @@ def test_it_stacks_with_a_decode_method_and_claims_what_it_serves() -> None:
         assert report["prefill_area"] < 1
         assert report["rows_kept"] < 1
     both = SeerAttention(**SMALL, phases="both")
-    with pytest.raises(RecipeError, match="both claim attention in decode"):
+    with pytest.raises(RecipeError, match=r"both take the slot attention\.decode"):
         Recipe.of((both, random_gates(both)), quest).attach(MODEL)
     assert MODEL.config._attn_implementation == "sdpa"
 

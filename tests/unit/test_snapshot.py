@@ -12,7 +12,7 @@ from gossamer.hf import GossamerCache, QuantizedKVLayer, load_cache, save_cache
 from gossamer.models import tiny_model
 from gossamer.recipe import Recipe
 from gossamer.registry import make
-from gossamer.testing import _calibration, _model
+from gossamer.testing import _learned, _model
 
 TOKENWISE = {"key_axis": "token", "value_axis": "token", "group": 8, "residual": 4}
 STACKS = {
@@ -41,7 +41,7 @@ def _no_gradients():
 
 
 def recipe(name):
-    return Recipe.of(*[(make(slug, **settings), _calibration(slug)) for slug, settings in STACKS[name]])
+    return Recipe.of(*[(make(slug, **settings), _learned(slug, "{}")) for slug, settings in STACKS[name]])
 
 
 def ids(length=64, batch=2, seed=3):

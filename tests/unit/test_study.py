@@ -20,7 +20,9 @@ from gossamer.recipe import Recipe
 from gossamer.registry import make, methods
 
 SHAPE = ModelShape(layers=30, heads=9, kv_heads=3, head_dim=64)
-SELECTORS = sorted(slug for slug, m in methods().items() if "tokens" in m.model_fields and m.family == "attention")
+SELECTORS = sorted(
+    slug for slug, m in methods().items() if "tokens" in m.model_fields and "attention.decode" in m().slots
+)
 
 
 @pytest.mark.parametrize("slug", SELECTORS)
@@ -31,6 +33,11 @@ def test_selectors_read_no_more_than_the_budget(slug, budget):
     spent = method.io_bytes(4096, SHAPE, 4)["rows"]
     assert 0.7 * budget * dense < spent <= budget * dense
     assert getattr(method, "dense_layers", ()) == ()
+
+
+@pytest.mark.parametrize(("slug", "setting"), [("minference", "area"), ("h2o", "budget"), ("alisa", "ratio")])
+def test_other_methods_take_the_share_itself(slug, setting):
+    assert getattr(at_budget(slug, 1 / 16, 4096, SHAPE, 4), setting) == 1 / 16
 
 
 def test_a_budget_too_small_for_a_method_keeps_its_least_setting():

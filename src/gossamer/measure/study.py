@@ -70,6 +70,8 @@ def at_budget(slug: str, budget: float, context: int, shape: ModelShape, element
     if "tokens" not in fields or not issubclass(cls, PolicyMethod):
         return make(slug, **settings)
     made = cls(**settings)
+    if "attention.decode" not in made.slots:
+        return made
     allowed = budget * context * shape.kv_heads * 2 * shape.head_dim * element_size
 
     def spends(rows: int) -> int:
