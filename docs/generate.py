@@ -26,7 +26,7 @@ API = {
     "Core": ("registry", "calibration", "recipe", "generation", "errors"),
     "Plug points and patterns": ("hf", "patterns"),
     "Operators": ("ops",),
-    "Families": ("attention",),
+    "Families": ("attention", "cache"),
     "Models and data": ("models", "data"),
     "Measuring": ("measure", "reproductions"),
 }

@@ -33,6 +33,7 @@ from gossamer.hf.quantized import QuantizedKVLayer
 from gossamer.hf.views import attention_views, base_model, model_shape
 
 NAME = "gossamer"
+_BLOCK = 64  # side of a block of our prefill kernel
 logger = logging.getLogger("gossamer")
 # The model holds its runtime (by its hook), this table does not: a model that is dropped while attached is freed.
 _RUNTIMES: weakref.WeakKeyDictionary[nn.Module, weakref.ref[AttentionRuntime]] = weakref.WeakKeyDictionary()
@@ -179,7 +180,7 @@ def dense_attention(
     causal: bool = True,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Exact attention of the last `new` positions by torch's fused kernel; differentiable.
+    """Exact attention of the last `new` positions; differentiable. By our prefill kernel where it serves, else by torch's.
 
     Args:
         query: ``[batch, heads, new, head_dim]``; key, value: ``[batch, kv_heads, length, head_dim]``.
@@ -194,6 +195,9 @@ def dense_attention(
     """
     kv_heads, length, new = key.shape[1], key.shape[2], query.shape[2]
     window = window if window and window < length else None
+    simple = causal and mask is None and starts is None and softcap is None and not dropout
+    if simple and new >= _BLOCK and ops.runs_natively(query, key, value):
+        return _dense_in_blocks(query, key, value, scale, window)
     plain = mask is None and starts is None and window is None and causal
     if mask is None and causal and not (plain and new in (1, length)):
         mask = visible_mask(new, length, starts, window, query.device)
@@ -214,6 +218,14 @@ def dense_attention(
         for i in range(grouped.shape[2])
     ]
     return outs[0] if len(outs) == 1 else torch.stack(outs, 2).flatten(1, 2)
+
+
+def _dense_in_blocks(query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+    """Exact attention by our own prefill kernel: all heads of a group read a key together, bfloat16 is multiplied as such, and
+    neither a chunk of a prompt nor a window needs a mask of positions."""
+    blocks = torch.full((1, 1, -(-query.shape[2] // _BLOCK), -(-key.shape[2] // _BLOCK)), window is None)
+    blocks = blocks.expand(query.shape[0], -1, -1, -1)
+    return ops.block_sparse_attention(query, key, value, blocks, block_size=_BLOCK, window=window, scale=scale)
 
 
 def dense_decode(

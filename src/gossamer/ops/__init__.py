@@ -1,7 +1,7 @@
 """COMPUTE: the operators that every method shares. Each is defined once: contract, PyTorch reference, dispatch to
 faster kernels."""
 
-from gossamer.ops._dispatch import available_backends, available_isas, set_isa, use_backend
+from gossamer.ops._dispatch import available_backends, available_isas, runs_natively, set_isa, use_backend
 from gossamer.ops.attention_weights import attention_weights
 from gossamer.ops.block_sparse_attention import block_sparse_attention
 from gossamer.ops.compact_rows import compact_rows
@@ -50,6 +50,7 @@ __all__ = [
     "pooled_attention",
     "quantize_rows",
     "quantized_decode_attention",
+    "runs_natively",
     "select_topk",
     "set_isa",
     "tree_search",

@@ -139,6 +139,16 @@ def resolve(op: str, module: str, tensor: Tensor, *others: Tensor | None) -> Bac
     return "reference"
 
 
+def runs_natively(*tensors: Tensor) -> bool:
+    """Whether an operator given these tensors would run on the native kernels."""
+    forced = _override or (os.environ["GOSSAMER_BACKEND"] if _VARIABLE in _environ else None)
+    if forced not in (None, "auto", "native") or native() is None:
+        return False
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return False
+    return all(x.is_cpu and x.dtype in DTYPE_CODES for x in tensors)
+
+
 def is_forced() -> bool:
     """Whether the user chose a backend, so that shortcuts past :func:`resolve` are closed."""
     return (_override or "auto") != "auto" or _VARIABLE in _environ
