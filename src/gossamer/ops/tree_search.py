@@ -170,8 +170,8 @@ def tree_search(
     InputError
         Shapes, dtypes or devices that do not fit, a number below 1, rows out of range.
 
-    >>> key = torch.zeros(1, 1, 64, 4); key[0, 0, 40:44] = 1.0
-    >>> found = tree_search(torch.ones(1, 1, 1, 1, 4), key, torch.tensor([0]), torch.tensor([64]), 4)
+    >>> key = -(torch.arange(64.0) - 41.6).abs().view(1, 1, 64, 1)  # near keys score alike, and best around row 41
+    >>> found = tree_search(torch.ones(1, 1, 1, 1, 1), key, torch.tensor([0]), torch.tensor([64]), 4)
     >>> found.blocks.tolist(), int(found.counts), int(found.evaluations)
     ([[[[40, 41, 42, 43]]]], 4, 32)
     """
