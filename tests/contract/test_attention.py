@@ -7,7 +7,6 @@ from pathlib import Path
 from gossamer.registry import methods
 from gossamer.testing import METHODS, AttentionContract
 
-
 #: ZipVL leaves tokens out of attention, queries among them: such a query attends to nothing. Its tests are its own.
 EXEMPT = {"zipvl"}
 

@@ -161,6 +161,9 @@ def check_layout(op: str, dim: int, bits: int, axis: str, group: int | None) -> 
 def quantize_rows(rows: Tensor, storage: QuantizedRows, first: int) -> None:
     """Quantise rows first .. first + n − 1 into the storage, in place.
 
+    ``step = (max − min) / (2**bits − 1)`` and ``zero = min`` over the channels of a token or over the rows of a group,
+    ``code = round((x − zero) / step)``. What is constant is exact.
+
     Parameters
     ----------
     rows
@@ -170,9 +173,6 @@ def quantize_rows(rows: Tensor, storage: QuantizedRows, first: int) -> None:
     first
         Where they begin. With axis channel at the beginning of a group; a last part of a group takes its scales from the
         rows that are there, and has to be written again, whole, to hold more.
-
-    ``step = (max − min) / (2**bits − 1)`` and ``zero = min`` over the channels of a token or over the rows of a group,
-    ``code = round((x − zero) / step)``. What is constant is exact.
 
     Raises
     ------
