@@ -17,21 +17,6 @@ pytestmark = pytest.mark.skipif("native" not in ops.available_backends(), reason
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-@pytest.fixture(params=ops.available_isas() or ("none",))
-def isa(request):
-    ops.set_isa(request.param)
-    yield request.param
-    ops.set_isa()
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def both(op, *args, **kwargs):
     got = op(*args, **kwargs)
     with ops.use_backend("reference"):

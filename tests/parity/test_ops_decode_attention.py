@@ -14,21 +14,6 @@ pytestmark = pytest.mark.skipif("native" not in ops.available_backends(), reason
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.6e-2}
 
 
-@pytest.fixture(params=ops.available_isas() or ("none",))
-def isa(request):
-    ops.set_isa(request.param)
-    yield request.param
-    ops.set_isa()
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def assert_same(actual, expected, dtype):
     tolerance = TOLERANCE[dtype]
     torch.testing.assert_close(actual.float(), expected.float(), atol=tolerance, rtol=tolerance)

@@ -13,13 +13,6 @@ from gossamer.errors import InputError
 needs_native = pytest.mark.skipif("native" not in ops.available_backends(), reason="native kernels are not built")
 
 
-@pytest.fixture(params=ops.available_isas() or ("none",))
-def isa(request):
-    ops.set_isa(request.param)
-    yield request.param
-    ops.set_isa()
-
-
 @needs_native
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())

@@ -13,13 +13,6 @@ pytestmark = pytest.mark.skipif("native" not in ops.available_backends(), reason
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
 
-@pytest.fixture(params=ops.available_isas() or ("none",))
-def isa(request):
-    ops.set_isa(request.param)
-    yield request.param
-    ops.set_isa()
-
-
 @pytest.fixture(autouse=True, params=[1, 2])
 def threads(request):
     before = torch.get_num_threads()

@@ -13,13 +13,6 @@ from gossamer.errors import InputError
 NATIVE = pytest.mark.skipif("native" not in ops.available_backends(), reason="native kernels are not built")
 
 
-@pytest.fixture(params=ops.available_isas() or ("none",))
-def isa(request):
-    ops.set_isa(request.param)
-    yield request.param
-    ops.set_isa()
-
-
 @pytest.fixture(autouse=True, params=[1, 2])
 def threads(request):
     before = torch.get_num_threads()

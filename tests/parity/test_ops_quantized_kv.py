@@ -12,29 +12,11 @@ from gossamer.errors import InputError
 from gossamer.ops.quantized_kv import pack, row_bytes, scales_of, unpack
 
 needs_native = pytest.mark.skipif("native" not in ops.available_backends(), reason="native kernels are not built")
-# The query is held to 15 bits of its largest channel (steps folded in), weights to 16 bits of the largest of a block. With
-# a bfloat16 query and codes of 2 or 4 bits it is 7 bits, a sixth or less of what such codes lose themselves (measured: 0.6 to
-# 3 % beside 13 to 80 % of the output).
-TOLERANCE = {torch.float32: 1.5e-3, torch.bfloat16: 0.25}
-RMS = {torch.float32: 1e-3, torch.bfloat16: 0.06}
+# The query is held to 15 bits of its largest channel (steps folded in), weights to 16 bits of the largest of a block; a
+# bfloat16 output rounds to 8 bits.
+TOLERANCE = {torch.float32: 1.5e-3, torch.bfloat16: 1.6e-2}
+RMS = {torch.float32: 1e-3, torch.bfloat16: 6e-3}
 AXES = [("token", None), ("channel", 16), ("channel", 24), ("channel", 64), ("channel", None)]
-
-
-@pytest.fixture(params=ops.available_isas() or ("none",))
-def isa(request):
-    if request.param != "none":
-        ops.set_isa(request.param)
-    yield request.param
-    if request.param != "none":
-        ops.set_isa()
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def stored(rows, bits, axis, group, scales=torch.float32, room=5, kind=1.0):

@@ -13,21 +13,6 @@ from gossamer.errors import InputError
 pytestmark = pytest.mark.skipif("native" not in ops.available_backends(), reason="native kernels are not built")
 
 
-@pytest.fixture(params=ops.available_isas() or ("none",))
-def isa(request):
-    ops.set_isa(request.param)
-    yield request.param
-    ops.set_isa()
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def assert_same_selection(scores, k, **kwargs):
     actual = ops.select_topk(scores, k, **kwargs)
     with ops.use_backend("reference"):

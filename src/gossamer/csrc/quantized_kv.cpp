@@ -99,9 +99,9 @@ void to_tile(const uint8_t* const* rows, int64_t bytes, uint8_t* tile) {
     for (int r = 0; r < 16; ++r) std::memcpy(tile + at * 16 + r * 4, rows[r] + at, 4);
 }
 
-// A query, its steps folded in, as two int8 digits of each channel, x ~ scale * (256 * high + low), or as one.
+// A query, its steps folded in, as two int8 digits of each channel, x ~ scale * (256 * high + low).
 struct Digits {
-  int8_t *high, *low;  // low: null for a single digit
+  int8_t *high, *low;
   float scale, plus;
   float base;  // what the zeros add to every row of the group (per channel), or the sum of the query
 };
@@ -134,19 +134,18 @@ void to_digits(const float* q, const S* step, const S* zero, int64_t dim, float 
     base += zero ? q[c] * to_float(zero[c]) : q[c];
     most = __builtin_fabsf(folded[c]) > most ? __builtin_fabsf(folded[c]) : most;
   }
-  const float levels = out.low ? 32512.0f : 127.0f, inverse = most > 0.0f ? levels / most : 0.0f, by = most / levels;
+  constexpr float kLevels = 32512.0f;
+  const float inverse = most > 0.0f ? kLevels / most : 0.0f, by = most / kLevels;
   vf lost = {};
   float rest = 0.0f;
   for (c = 0; c + kLanes <= dim; c += kLanes) {
     const vi x = (vi)(load(folded + c) * inverse + kMagic);
-    if (out.low) store_bytes(out.low + c, x), store_bytes(out.high + c, (x + 128) >> 8);
-    else store_bytes(out.high + c, x);
+    store_bytes(out.low + c, x), store_bytes(out.high + c, (x + 128) >> 8);
     lost += load(folded + c) - (load(folded + c) * inverse + kMagic - kMagic) * by;
   }
   for (; c < dim; ++c) {
     const int32_t x = __builtin_bit_cast(int32_t, folded[c] * inverse + kMagic);
-    if (out.low) out.low[c] = int8_t(x), out.high[c] = int8_t((x + 128) >> 8);
-    else out.high[c] = int8_t(x);
+    out.low[c] = int8_t(x), out.high[c] = int8_t((x + 128) >> 8);
     rest += folded[c] - (folded[c] * inverse + kMagic - kMagic) * by;
   }
   out.scale = by, out.base = base, out.plus = (hsum(lost) + rest) * middle;
@@ -155,21 +154,20 @@ void to_digits(const float* q, const S* step, const S* zero, int64_t dim, float 
 constexpr int kPair = 2 * kTokens;  // rows whose scores are summed at a time: two tiles share what is read of the query
 
 // logits[g][0 .. 32) of the rows of two tiles, before the softmax scale. step and zero: of the rows, or null.
-template <int C, int G, int Digit>
+template <int C, int G>
 void dot_tiles(const uint8_t* tiles, int64_t words, const Digits* q, const float* step, const float* zero, float* logits) {
-  constexpr int N = Digit * G;
+  constexpr int N = 2 * G;
   const int32_t* quads[N];
   for (int g = 0; g < G; ++g) {
-    quads[Digit * g] = reinterpret_cast<const int32_t*>(q[g].high);
-    if constexpr (Digit == 2) quads[2 * g + 1] = reinterpret_cast<const int32_t*>(q[g].low);
+    quads[2 * g] = reinterpret_cast<const int32_t*>(q[g].high);
+    quads[2 * g + 1] = reinterpret_cast<const int32_t*>(q[g].low);
   }
   TileScores dot[2 * N];
   dot_codes<C, N, 2>(tiles, words, quads, dot);
   for (int g = 0; g < G; ++g)
     for (int i = 0; i < 2 * kVectors; ++i) {
-      const TileScores* of = dot + i / kVectors * N + Digit * g;
-      vf x = of->v[i % kVectors];
-      if constexpr (Digit == 2) x = x * 256.0f + of[1].v[i % kVectors];
+      const TileScores* of = dot + i / kVectors * N + 2 * g;
+      vf x = of[0].v[i % kVectors] * 256.0f + of[1].v[i % kVectors];
       x = fma(x, splat(q[g].scale), splat(q[g].plus));
       store(logits + g * kBlock + i * kLanes,
             step ? fma(x, load(step + i * kLanes), load(zero + i * kLanes) * q[g].base) : x + q[g].base);
@@ -353,7 +351,6 @@ class QuantizedAttention : public Pieces<T, QuantizedAttention<T, S>> {
         v_bytes(a.dim * args.value.bits / 8),
         lanes(v_bytes % 64 == 0 ? 4 : v_bytes % 32 == 0 ? 2 : v_bytes % 16 == 0 ? 1 : 0),
         digits_at(ceil_div(a.dim, 64) * 64),
-        two(sizeof(T) == 4 || args.key.bits == 8),
         middle(float((1 << args.key.bits) - 1) / 2) {
 #if !defined(GOSSAMER_AVX512)
     lanes = 0;
@@ -390,7 +387,7 @@ class QuantizedAttention : public Pieces<T, QuantizedAttention<T, S>> {
       w.digits = reinterpret_cast<int8_t*>(claim(group_heads * 2 * digits_at));
       w.queries = reinterpret_cast<Digits*>(claim(group_heads * int64_t(sizeof(Digits)) + 64));
       for (int64_t g = 0; g < group_heads; ++g)
-        w.queries[g] = {w.digits + 2 * g * digits_at, two ? w.digits + (2 * g + 1) * digits_at : nullptr, 0.0f, 0.0f, 0.0f};
+        w.queries[g] = {w.digits + 2 * g * digits_at, w.digits + (2 * g + 1) * digits_at, 0.0f, 0.0f, 0.0f};
       std::memset(w.digits, 0, size_t(group_heads * 2 * digits_at));
       w.old_ids = ids + t * 2 * kBlock, w.new_ids = w.old_ids + kBlock;
       w.keys = pointers + t * 4 * (kBlock + 16), w.values = w.keys + kBlock + 16;
@@ -570,7 +567,7 @@ class QuantizedAttention : public Pieces<T, QuantizedAttention<T, S>> {
     to_tile(w.keys + at, k_bytes, w.tile);
     to_tile(w.keys + at + (rows > kTokens ? kTokens : 0), k_bytes, w.tile + k_bytes * kTokens);  // a short run takes rows of the next along: their scores are overwritten
     for_heads<kHeads>(x.key.bits, [&](auto c, auto n, int64_t g) {
-      const auto dot = two ? dot_tiles<c.value, n.value, 2> : dot_tiles<c.value, n.value, 1>;
+      const auto dot = dot_tiles<c.value, n.value>;
       if (at + kPair <= kBlock) {
         dot(w.tile, k_bytes / 4, w.queries + g, step, zero, w.logits + g * kBlock + at);
       } else {
@@ -722,7 +719,6 @@ class QuantizedAttention : public Pieces<T, QuantizedAttention<T, S>> {
   const int64_t v_bytes;
   int lanes;  // of 16 bytes that are interleaved at a time; 0: values go the way of floats
   const int64_t digits_at;
-  const bool two;  // digits of the query; one for bfloat16 and few bits, whose own error is six times larger or more
   const float middle;
   int32_t* places;
   Work* work;
