@@ -2,8 +2,8 @@
 
 Order of a call: the runtime's hook on the decoder gives the call's cache our storage (`cache.adopt`); each attention
 block stores its keys and values and calls `_attention` below, which finds the block's runtime and layer, and hands a
-single query to the decode policy and a block of queries to the prefill policy. Without policies attention is dense,
-prefill by torch's fused kernel and decode by our own.
+single query to the decode policy and a block of queries to the prefill policy. Without policies attention is dense, by our
+own kernels; torch's serve where they do not.
 """
 
 from __future__ import annotations
