@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import inspect
 import time
 from collections.abc import Callable, Sequence
@@ -155,6 +156,8 @@ def compare(
         caches = run.score(kind, segment, picture=timed)
         if timed:
             timing = run.time(caches)
+        del caches
+        gc.collect()  # a cache and what methods keep for it refer to each other, and are large
     rows = [row_of(loaded.model, m, measured[0], plan.context) for m in measured]
     return Comparison(
         model=loaded.name,
