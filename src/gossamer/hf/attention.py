@@ -27,7 +27,6 @@ from transformers.masking_utils import flash_attention_mask, sdpa_mask
 from gossamer import ops
 from gossamer.errors import InputError, ModelError
 from gossamer.hf.cache import PARTS, Derived, KVLayer, adopt
-from gossamer.hf.mixed_precision import MixedPrecisionKV
 from gossamer.hf.policy import CachePolicy, DecodePolicy, PrefillPolicy, StoragePolicy
 from gossamer.hf.quantized import QuantizedKVLayer
 from gossamer.hf.views import attention_views, base_model, model_shape
@@ -452,7 +451,7 @@ class AttentionRuntime:
         """The rows themselves, where the cache handed out placeholders for them."""
         cache = self._cache() if self._cache is not None else None
         kv = cache.layers[module.layer_idx] if cache is not None else None
-        return kv.whole() if isinstance(kv, QuantizedKVLayer | MixedPrecisionKV) else (key, value)
+        return kv.whole(key, value) if kv is not None else (key, value)
 
     def _step(self, layer: LayerView, query: Tensor, length: int) -> Tensor:
         if self.decode is None:

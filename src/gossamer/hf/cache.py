@@ -146,6 +146,10 @@ class KVLayer(CacheLayerMixin):
         assert self.key_storage is not None
         return self.key_storage.dtype
 
+    def whole(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """All rows for a call that attends outside the kernels, given what the last `update` returned: here just that."""
+        return key, value
+
     def key_rows(self, first: int, last: int) -> Tensor:
         """Key rows ``[batch, kv_heads, last - first, head_dim]`` (a view)."""
         assert self.key_storage is not None

@@ -290,7 +290,7 @@ class MixedPrecisionKV(KVLayer):
         nothing = key_states.new_full((1, 1, 1, 1), math.nan).expand(shape)
         return nothing, nothing
 
-    def whole(self) -> tuple[Tensor, Tensor]:
+    def whole(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """All rows, dequantised: for calls that attend outside the kernels."""
         return self.key_rows(0, self.length), self.value_rows(0, self.length)
 

@@ -228,11 +228,11 @@ class QuantizedKVLayer(KVLayer):
             if new == 1:
                 self._block = None
             return like, like
-        whole = self.whole()
+        whole = self.whole(key_states, value_states)
         self._block = None
         return whole
 
-    def whole(self) -> tuple[Tensor, Tensor]:
+    def whole(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """All rows: dequantised before the block of the last `update`, exact within it; the block is then let go."""
         block, self._block = self._block, None
         new = 0 if block is None else block[0].shape[2]
