@@ -152,7 +152,7 @@ class Stream:
         for size in sizes:
             begin = self.cache.get_seq_length()
             end = begin + size
-            runtime._before_forward(_model(), (), {"past_key_values": self.cache})
+            runtime._before_forward(_model(), (), {runtime._cache_name: self.cache})
             part = None if mask is None or bool(mask[:, :end].all()) else mask[:, :end]
             block = []
             for i, view in enumerate(runtime.views):

@@ -285,6 +285,8 @@ class AttentionRuntime:
         self._cache: Any = None
         self._mask: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
         self._layers = None if self.storage is None else self.storage.layers(self.shape)  # may refuse the model
+        known = inspect.signature(base_model(self.model).forward).parameters
+        self._cache_name = "cache" if "cache" in known else "past_key_values"  # renamed in transformers 5.24
         self._config = model.config.get_text_config(decoder=True)
         self._previous = self._config._attn_implementation
         self._config._attn_implementation = NAME
@@ -341,7 +343,7 @@ class AttentionRuntime:
         if len(args) > 1:  # a cache may be given by its place
             names = list(inspect.signature(module.forward).parameters)
             args, kwargs = args[:1], {**dict(zip(names[1:], args[1:], strict=False)), **kwargs}
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(self._cache_name)
         self.position_ids = kwargs.get("position_ids")
         self._mask = (None, None, None)
         self._cache = None
@@ -355,7 +357,7 @@ class AttentionRuntime:
             return args, kwargs
         cache = self._adopt(DynamicCache(config=self._config))
         self._cache = weakref.ref(cache)
-        return args, {**kwargs, "past_key_values": cache}
+        return args, {**kwargs, self._cache_name: cache}
 
     def _adopt(self, cache: Any) -> Any:
         cache = adopt(cache, self._places, self._layers)
