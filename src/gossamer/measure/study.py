@@ -67,6 +67,8 @@ def at_budget(slug: str, budget: float, context: int, shape: ModelShape, element
     for name in ("area", "budget", cls.budget_setting):
         if name in fields:
             settings[name] = budget
+    if "sample_tokens" in fields:  # a search over prompts longer than the study's would take longer than the study
+        settings["sample_tokens"] = min(fields["sample_tokens"].default, max(256, context // 2))
     if "tokens" not in fields or not issubclass(cls, PolicyMethod):
         return make(slug, **settings)
     made = cls(**settings)

@@ -1,6 +1,20 @@
-"""Models: loading real ones by name, path or hub id, and making tiny random ones."""
+"""Models: loading real ones by name, path or hub id, making tiny random ones, and training small ones."""
 
 from gossamer.models.load import LoadedModel, cache_folder, fingerprint, load, smollm2_file
 from gossamer.models.tiny import FAMILIES, tiny_model
+from gossamer.models.training import Plan, Training, bits_per_byte, byte_model, train
 
-__all__ = ["FAMILIES", "LoadedModel", "cache_folder", "fingerprint", "load", "smollm2_file", "tiny_model"]
+__all__ = [
+    "FAMILIES",
+    "LoadedModel",
+    "Plan",
+    "Training",
+    "bits_per_byte",
+    "byte_model",
+    "cache_folder",
+    "fingerprint",
+    "load",
+    "smollm2_file",
+    "tiny_model",
+    "train",
+]
