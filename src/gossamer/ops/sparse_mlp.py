@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gossamer.errors import InputError
+from gossamer.ops._checks import raise_status
+from gossamer.ops._dispatch import DTYPE_CODES, native, resolve
 from gossamer.ops.linear import MAX_ROWS
 
 _OP = "sparse_mlp"
@@ -22,6 +24,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
 }
 """What the gate may be activated by."""
+_CODES = {name: code for code, name in enumerate(("silu", "relu", "gelu", "gelu_tanh"))}
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +79,16 @@ class NeuronWeights:
     def channels(self) -> int:
         """d."""
         return self.gate.shape[1]
+
+    @cached_property
+    def pointers(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What the native kernel is told of these weights: addresses, then strides and sizes."""
+        tensors: list[int] = []
+        for name in ("gate", "up", "down"):
+            parts = (getattr(self, name + part) for part in ("", "_bias", "_scale"))
+            tensors += [0 if part is None else part.data_ptr() for part in parts]
+        strides = (self.gate.stride(0), self.up.stride(0), self.down.stride(0))
+        return tuple(tensors), (*strides, self.neurons, self.channels, _CODES[self.activation])
 
     def quantized(self) -> NeuronWeights:
         """A copy with int8 weights, rounded to nearest with one scale for each neuron and matrix."""
@@ -142,7 +155,50 @@ def sparse_mlp(
         raise InputError(f"{_OP}: counts must have shape [{x.shape[0] + 1}], got {list(counts.shape)}")
     if weights.gate.dtype not in (x.dtype, torch.int8) or not x.dtype.is_floating_point:
         raise InputError(f"{_OP}: x is {x.dtype}, the weights are {weights.gate.dtype}")
-    return _reference(x, weights, threshold, count, indices, counts)
+    if resolve(_OP, _OP, x) != "native" or not _native_takes(x, weights):
+        return _reference(x, weights, threshold, count, indices, counts)
+    return run_native(x.contiguous(), weights, threshold, count, indices, counts)
+
+
+def _native_takes(x: Tensor, weights: NeuronWeights) -> bool:
+    parts = [getattr(weights, name + part) for name in ("gate", "up", "down") for part in ("", "_bias", "_scale")]
+    known = [part for part in parts if part is not None]
+    if torch.is_grad_enabled() and any(part.requires_grad for part in known):
+        return False
+    return all(part.is_cpu and part.stride(-1) == 1 for part in known)
+
+
+def run_native(
+    x: Tensor,
+    weights: NeuronWeights,
+    threshold: Tensor | None,
+    count: int | None,
+    indices: Tensor | None,
+    counts: Tensor | None,
+) -> Tensor:
+    """The native kernel without the checks: for callers that made them, once, for all their calls."""
+    rows, channels = x.shape
+    out = torch.empty((rows, channels), dtype=x.dtype)
+    if counts is None:
+        counts = torch.empty(rows + 1, dtype=torch.int64)
+    tensors, sizes = weights.pointers
+    if indices is not None:
+        count = len(indices)
+    status = native().sparse_mlp(
+        tensors,
+        (*sizes, DTYPE_CODES[x.dtype], int(weights.gate.dtype is torch.int8)),
+        x.data_ptr(),
+        out.data_ptr(),
+        counts.data_ptr(),
+        0 if threshold is None else threshold.data_ptr(),
+        0 if threshold is None or threshold.ndim == 0 else 1,
+        0 if indices is None else indices.data_ptr(),
+        count or 0,
+        rows,
+        torch.get_num_threads(),
+    )
+    raise_status(_OP, status)
+    return out
 
 
 def _reference(
