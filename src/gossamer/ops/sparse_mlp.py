@@ -104,7 +104,6 @@ class NeuronWeights:
 def sparse_mlp(
     x: Tensor,
     weights: NeuronWeights,
-    *,
     threshold: Tensor | None = None,
     count: int | None = None,
     indices: Tensor | None = None,
