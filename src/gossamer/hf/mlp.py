@@ -87,8 +87,8 @@ class _GatedForward:
         """The kernel's result, or None where none serves these rows."""
         flat = x.reshape(-1, x.shape[-1])
         parameters = [cast(Tensor, matrix._parameters["weight"]) for matrix in self.matrices]
-        if not gathers(flat, parameters[0]):
-            return None
+        if torch.compiler.is_compiling() or not gathers(flat, parameters[0]):
+            return None  # compiled: masked, since what was kept is counted outside of tensors
         # Weights may be moved, trained or replaced while this is attached.
         addresses = tuple(p.data_ptr() for p in parameters)
         if addresses != self.addresses:
