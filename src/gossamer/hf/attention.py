@@ -342,13 +342,15 @@ class AttentionRuntime:
         Raises:
             InputError: a policy is attached, for which a node is no step of its own.
         """
-        if self.decode is not None or self.cache is not None or self.storage is not None or self.prefill is not None:
+        if self.decode is not None or self.cache is not None or self.storage is not None:
             raise InputError("trees of candidates need exact attention: leave sparse attention and cache methods out")
         previous, self.tree = self.tree, tree
+        token = TEACHER_FORCED.set(True)  # each node is a decode step
         try:
             yield
         finally:
             self.tree = previous
+            TEACHER_FORCED.reset(token)
 
     @contextmanager
     def recording(self) -> Iterator[list[tuple[int, int, Tensor, Tensor]]]:
@@ -603,6 +605,14 @@ def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
         return flash_attention_mask(*args, **kwargs)  # type: ignore[no-any-return]
     kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
     return sdpa_mask(*args, **kwargs)  # type: ignore[no-any-return]
+
+
+def attached_runtime(model: nn.Module) -> AttentionRuntime | None:
+    """The runtime that is attached to a model, if any."""
+    found = (_RUNTIMES.get(module) for module in model.modules() if module in _RUNTIMES)
+    return next(
+        (runtime for reference in found if reference is not None and (runtime := reference()) is not None), None
+    )
 
 
 AttentionInterface.register(NAME, _attention)
