@@ -134,6 +134,21 @@ struct LinearArgs {
   int threads;
 };
 
+struct DeltaArgs {
+  const void* codes;   // [M,K] int32 or int16
+  void* previous;      // [M,K] of the same
+  const void* weight;  // [K,N]
+  const float* step;   // [K], or one
+  float* out;          // [M,N]
+  int32_t* counts;     // [M]
+  int64_t codes_row, previous_row, w_row, out_row;
+  int64_t rows, columns, outputs;  // M, K, N
+  int code_bytes;
+  bool per_channel;
+  DType dtype;
+  int threads;
+};
+
 struct AttentionRowArgs {
   AttentionArgs attention;  // indices unused; value and out null where only the row is wanted
   float* row;               // [B,Hkv,row_line] of which S are written
@@ -258,6 +273,7 @@ struct Kernels {
   Status (*select_topk)(const SelectArgs&);
   Status (*label_attention)(const LabelAttentionArgs&);
   Status (*linear)(const LinearArgs&);
+  Status (*delta_linear)(const DeltaArgs&);
   float (*read_all)(const float*, int64_t, int);
   Status (*attention_row)(const AttentionRowArgs&);
   Status (*attention_columns)(const AttentionColumnsArgs&);
@@ -281,6 +297,7 @@ struct Kernels {
   Status select_topk(const SelectArgs&);                   \
   Status label_attention(const LabelAttentionArgs&);       \
   Status linear(const LinearArgs&);                        \
+  Status delta_linear(const DeltaArgs&);                   \
   float read_all(const float* data, int64_t size, int threads); \
   Status attention_row(const AttentionRowArgs&);           \
   Status attention_columns(const AttentionColumnsArgs&);   \

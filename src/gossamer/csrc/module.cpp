@@ -26,6 +26,7 @@ namespace {
     .select_topk = isa::select_topk,                            \
     .label_attention = isa::label_attention,                    \
     .linear = isa::linear,                                      \
+    .delta_linear = isa::delta_linear,                          \
     .read_all = isa::read_all,                                  \
     .attention_row = isa::attention_row,                        \
     .attention_columns = isa::attention_columns,                \
@@ -392,6 +393,18 @@ int linear(intptr_t x, int64_t x_row, intptr_t weight, int64_t w_row, intptr_t b
   return call(active->linear, a);
 }
 
+int delta_linear(nb::tuple tensors, nb::tuple strides, nb::tuple sizes, int code_bytes, bool per_channel, int dtype,
+                 int threads) {
+  DeltaArgs a{};
+  Reader t(tensors), r(strides), s(sizes);
+  a.codes = t.pointer<void>(), a.previous = t.pointer<void>(), a.weight = t.pointer<void>();
+  a.step = t.pointer<float>(), a.out = t.pointer<float>(), a.counts = t.pointer<int32_t>();
+  a.codes_row = r.next(), a.previous_row = r.next(), a.w_row = r.next(), a.out_row = r.next();
+  a.rows = s.next(), a.columns = s.next(), a.outputs = s.next();
+  a.code_bytes = code_bytes, a.per_channel = per_channel, a.dtype = DType(dtype), a.threads = threads;
+  return call(active->delta_linear, a);
+}
+
 int attention_row(nb::tuple tensors, nb::tuple strides, nb::tuple sizes, float scale, int dtype, int threads) {
   AttentionRowArgs args{};
   AttentionArgs& a = args.attention;
@@ -546,6 +559,7 @@ NB_MODULE(_native, m) {
   m.def("select_topk", &select_topk);
   m.def("label_attention", &label_attention);
   m.def("linear", &linear);
+  m.def("delta_linear", &delta_linear);
   m.def("best_match", &best_match);
   m.def("pooled_attention", &pooled_attention);
   m.def("read_all", &read_all);
