@@ -35,7 +35,10 @@ Status update(const DeltaArgs& a) {
       before = now;
     }
   }
-  RowSum<T>(static_cast<const T*>(a.weight), a.w_row, {ids, factors, count}, a.out, a.out_row, a.rows, a.outputs).add(a.threads);
+  if (!count) return kOk;
+  const auto nothing = [](int64_t, int64_t) {};
+  RowSum<T> sum(static_cast<const T*>(a.weight), a.w_row, {ids, factors, count}, a.out, a.out_row, a.rows, a.outputs);
+  sum.add(a.threads, nothing, nothing);
   return kOk;
 }
 

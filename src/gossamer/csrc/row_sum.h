@@ -44,15 +44,16 @@ class RowSum {
   RowSum(const T* weight, int64_t weight_row, const RowList& list, float* out, int64_t out_row, int64_t lines, int64_t columns)
       : weight_(weight), weight_row_(weight_row), list_(list), out_(out), out_row_(out_row), lines_(lines), columns_(columns) {}
 
-  // Adds everything, on as many threads as the bytes are worth.
-  void add(int threads) {
-    if (!list_.count) return;
+  // Adds everything, on as many threads as the bytes are worth. Each share of the columns begins and ends with what the
+  // caller does to it.
+  template <class Begin, class End>
+  void add(int threads, const Begin& begin, const End& end) {
     const int64_t useful = list_.count * columns_ * int64_t(sizeof(T)) / kBytesPerThread + 1;
     const int team = useful < threads ? int(useful) : threads;
     // A thread takes several shares in turn where they stay long: cores are not equally fast.
     const int64_t share = imax(kMinShare / int64_t(sizeof(T)), ceil_div(columns_, team * kShares));
     share_ = team == 1 ? columns_ : ceil_div(share, kStep) * kStep;
-    parallel(team, [&](int, int) { run(); });
+    parallel(team, [&](int, int) { run(begin, end); });
   }
 
  private:
@@ -60,9 +61,11 @@ class RowSum {
   static constexpr int64_t kStep = 64 * kLanes / 16;  // whole cache lines of out, whatever T is
   static constexpr int64_t kAhead = 1024;             // bytes between what is in use and what is being fetched
 
-  void run() {
+  template <class Begin, class End>
+  void run(const Begin& begin, const End& end) {
     for (int64_t from; (from = queue_.next() * share_) < columns_;) {
       const int64_t to = imin(from + share_, columns_);
+      begin(from, to);
       switch (lines_) {
         case 1: strip<1>(from, to); break;
         case 2: strip<2>(from, to); break;
@@ -73,6 +76,7 @@ class RowSum {
         case 7: strip<7>(from, to); break;
         default: strip<8>(from, to);
       }
+      end(from, to);
     }
   }
 
