@@ -24,7 +24,9 @@ def threads(request):
 
 def case(rows, inputs, outputs, density, dtype=torch.float32, kind=torch.int32, per_channel=False):
     previous = torch.randint(-50, 50, (rows, inputs)).to(kind)
-    codes = torch.where(torch.rand(rows, inputs) < density, previous + torch.randint(1, 9, (rows, inputs)), previous).to(kind)
+    codes = torch.where(
+        torch.rand(rows, inputs) < density, previous + torch.randint(1, 9, (rows, inputs)), previous
+    ).to(kind)
     weight = (torch.randn(inputs, outputs) / math.sqrt(max(1, inputs))).to(dtype)
     step = torch.rand(inputs) + 0.1 if per_channel else torch.tensor(0.25)
     return torch.randn(rows, outputs), codes, previous, weight, step

@@ -553,8 +553,12 @@ def test_quantized_attention(dtype, bits, axes, scales):
     )
 
 
-@pytest.mark.parametrize(("dtype", "kind", "rows"), [(F32, torch.int32, 1), (BF16, torch.int16, 3), (F16, torch.int32, 8)])
-@pytest.mark.parametrize(("inputs", "outputs", "density"), [(600, 130, 0.1), (40, 5, 1.0), (512, 128, 0.0), (0, 9, 0.0)])
+@pytest.mark.parametrize(
+    ("dtype", "kind", "rows"), [(F32, torch.int32, 1), (BF16, torch.int16, 3), (F16, torch.int32, 8)]
+)
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "density"), [(600, 130, 0.1), (40, 5, 1.0), (512, 128, 0.0), (0, 9, 0.0)]
+)
 def test_delta_linear(dtype, kind, rows, inputs, outputs, density):
     wide = torch.full((inputs, outputs + 7), math.nan, dtype=dtype)
     weight = wide[:, 2 : outputs + 2]
