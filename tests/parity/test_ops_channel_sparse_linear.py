@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif("native" not in ops.available_backends(), reason
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
 
-@pytest.fixture(autouse=True, params=[1, 2])
+@pytest.fixture(params=[1, 2])
 def threads(request):
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -60,7 +60,7 @@ def test_rows_sizes_and_densities(isa, dtype, int8, rows):
 
 @DTYPES
 @pytest.mark.parametrize("rows", [1, 3, 8])
-def test_large_enough_for_two_threads(isa, dtype, rows):
+def test_large_enough_for_two_threads(isa, threads, dtype, rows):
     torch.manual_seed(0)
     x, weight, _ = case(rows, 700, 2500, dtype)
     check(x, weight, torch.tensor(1.0), torch.randn(2500, dtype=dtype))

@@ -14,7 +14,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 CODES = pytest.mark.parametrize("kind", [torch.int32, torch.int16], ids=["int32", "int16"])
 
 
-@pytest.fixture(autouse=True, params=[1, 2])
+@pytest.fixture(params=[1, 2])
 def threads(request):
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -58,7 +58,7 @@ def test_rows_sizes_and_densities(isa, dtype, kind, rows):
 
 @DTYPES
 @pytest.mark.parametrize("rows", [1, 3, 8])
-def test_large_enough_for_two_threads(isa, dtype, rows):
+def test_large_enough_for_two_threads(isa, threads, dtype, rows):
     torch.manual_seed(0)
     check(*case(rows, 700, 2500, 0.3, dtype))
 

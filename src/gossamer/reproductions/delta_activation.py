@@ -196,13 +196,17 @@ def _dense(model: nn.Module, streams: int) -> int:
     """Multiplications of a dense frame."""
     sizes = {1: SIZE**2, 8: 8 * SIZE**2}
     maps = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    return streams * sum(fan_out(m) * (m.in_features if isinstance(m, nn.Linear) else sizes[m.in_channels]) for m in maps)
+    return streams * sum(
+        fan_out(m) * (m.in_features if isinstance(m, nn.Linear) else sizes[m.in_channels]) for m in maps
+    )
 
 
 def _experiment(progress: Progress) -> Outcome:
     raw: dict[str, Any] = {}
     for seed in SEEDS:
-        raw[str(seed)] = run_seed(seed, lambda what, done, total, seed=seed: progress(f"seed {seed}: {what}", done, total))
+        raw[str(seed)] = run_seed(
+            seed, lambda what, done, total, seed=seed: progress(f"seed {seed}: {what}", done, total)
+        )
     mean: dict[str, dict[str, float]] = {
         arm: {key: sum(raw[s]["arms"][arm][key] for s in raw) / len(raw) for key in ("accuracy", "weighted")}
         for arm in ("spatial", "delta", "untrained")
