@@ -61,6 +61,7 @@ class Reproduction:
 _MODULES = (
     "a2sf",
     "alisa",
+    "delta_activation",
     "double_sparsity",
     "ems",
     "hip_attention",
