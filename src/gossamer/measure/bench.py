@@ -39,6 +39,7 @@ OPERATORS = (
     "linear",
     "quantized_decode_attention",
     "select_topk",
+    "sparse_mlp",
     "vertical_slash_attention",
 )
 #: Weights [inputs, outputs] that ``linear`` is timed on, and the rows of x.

@@ -37,17 +37,13 @@ Way = tuple[str, Callable[[], Any], int]
 
 def cases(op: str, dtype: torch.dtype) -> Iterator[tuple[dict[str, Any], list[Way], list[Way]]]:
     """Yield for each shape and number of rows: what the rows of the result share, the ways, and the same ways in small."""
-    if op == "sparse_mlp":
-        for name, (channels, neurons) in MLPS.items():
-            for rows, shares in MLP_CASES:
-                shape = {"weight": name, "inputs": channels, "outputs": neurons, "rows": rows}
-                yield shape, *(_mlps(dtype, rows, channels, n, shares) for n in (neurons, 16))
-        return
-    make = {"channel_sparse_linear": _channels, "delta_linear": _deltas}[op]
-    for name, (inputs, outputs) in SHAPES.items():
-        for rows, shares in CASES:
+    make = {"channel_sparse_linear": _channels, "delta_linear": _deltas, "sparse_mlp": _mlps}[op]
+    shapes = MLPS if op == "sparse_mlp" else SHAPES
+    todo: tuple[tuple[int, tuple[float, ...]], ...] = MLP_CASES if op == "sparse_mlp" else CASES
+    for name, (inputs, outputs) in shapes.items():
+        for rows, shares in todo:
             shape = {"weight": name, "inputs": inputs, "outputs": outputs, "rows": rows}
-            yield shape, *(make(dtype, rows, inputs, n, shares) for n in (outputs, 16))
+            yield shape, make(dtype, rows, inputs, outputs, shares), make(dtype, rows, inputs, 16, shares)
 
 
 def _dense(x: Tensor, weight: Tensor) -> list[Way]:
