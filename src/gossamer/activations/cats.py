@@ -74,7 +74,8 @@ class CATS(ActivationMethod):
 
     Use it to speed up decoding at batch 1 without training: at 50 % a 7B model loses about a point of accuracy, small models
     more. Works on every gated and plain MLP of transformers. A decode step reads (3 − 2k)/3 of a gated MLP's weights, so
-    1.5 times faster at best at k = 0.5; a batch reads what any of its rows keeps. `tune` adapts the weights to the mask.
+    1.5 times faster at best at k = 0.5; a batch reads what any of its rows keeps. `activations.finetune`
+    adapts the weights to the mask.
 
     Paper: CATS: Contextually-Aware Thresholding for Sparsity in Large Language Models, arXiv 2404.08763.
 
