@@ -61,6 +61,8 @@ class Reproduction:
 _MODULES = (
     "a2sf",
     "alisa",
+    "cats",
+    "chess",
     "double_sparsity",
     "ems",
     "hip_attention",
