@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -93,7 +94,7 @@ def mlp_times(
     def ours(x: Tensor) -> Tensor:
         return linear(F.silu(linear(x, gate)) * linear(x, up), laid_out)
 
-    runs = {
+    runs: dict[str, Callable[[Tensor], Tensor]] = {
         "dense torch": lambda x: F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), laid_out),
         "dense native": ours,
         "gathered": lambda x: sparse_mlp(x, weights, threshold=threshold, counts=counts),
