@@ -190,7 +190,7 @@ class ActivationContract:
         for mode in ("mask", "gather"):
             with self.attach(case, mode=mode) as handle:
                 results[mode] = _logits(case.model, _ids(2), 6)
-            totals[mode] = [meter.totals.tolist() for meter in _meters(handle)]
+            totals[mode] = [meter.totals for meter in _meters(handle)]
         torch.testing.assert_close(results["gather"], results["mask"], atol=1e-4, rtol=1e-4)
         assert totals["mask"] == totals["gather"]
 
@@ -256,12 +256,12 @@ class ActivationContract:
                 want = 0.0
                 for view, meter in zip(handle.mlp.views, handle.mlp.meters, strict=True):
                     want += case.method().io_bytes(
-                        view.channels, view.neurons, float(meter.totals[1, 3]), 4, view.gated
+                        view.channels, view.neurons, float(meter.totals[1][3]), 4, view.gated
                     )
                 assert report["mlp_bytes_read"] == round(want)
             if handle.channels is not None:
                 pairs = zip(handle.channels.chosen, handle.channels.meters, strict=True)
-                rows = sum(int(m.totals[1, 3]) * cast(Any, module).out_features for (module, _), m in pairs)
+                rows = sum(int(m.totals[1][3]) * cast(Any, module).out_features for (module, _), m in pairs)
                 assert report["channel_bytes_read"] == 4 * rows
 
     # -- causality ----------------------------------------------------------------------------------------------------
@@ -353,7 +353,7 @@ class ActivationContract:
         assert any(float(cast(Tensor, view.down.weight.grad).abs().sum()) > 0 for view in views)
         if handle.mlp is not None and views[0].gated and views[0].up is not views[0].gate:
             grads = torch.stack([cast(Tensor, view.up.weight.grad).abs().sum(1) for view in views])
-            kept = sum(int(meter.totals[0, 3]) for meter in handle.mlp.meters)
+            kept = sum(int(meter.totals[0][3]) for meter in handle.mlp.meters)
             assert 0 < int((grads > 0).sum()) <= kept < grads.numel()
 
     # -- settings and calibration -------------------------------------------------------------------------------------

@@ -224,7 +224,7 @@ def test_bytes_of_a_step() -> None:
         cache = MODEL(ids(1)).past_key_values
         MODEL(ids(1, 1), past_key_values=cache)
         report = handle.report()
-        kept = [int(meter.totals[1, 1]) for meter in handle.mlp.meters]  # type: ignore[union-attr]
+        kept = [int(meter.totals[1][1]) for meter in handle.mlp.meters]  # type: ignore[union-attr]
     assert report["mlp_bytes_read"] == sum(weight_bytes(64, 128, k) for k in kept)
     assert report["mlp_bytes_dense"] == 2 * weight_bytes(64, 128, 128)
     share = report["neurons_kept"]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from gossamer.calibration import Calibration
-from gossamer.errors import CalibrationError, RecipeError
+from gossamer.errors import CalibrationError, InputError, RecipeError
 from gossamer.hf import ChannelRuntime, MLPRuntime, NeuronPolicy
 from gossamer.hf.channels import Mode
 from gossamer.models import fingerprint
@@ -75,6 +75,17 @@ class ActivationMethod(Method):
         The gate (in a plain MLP: up) is read whole to judge, the rest for what is kept.
         """
         return channels * element_size * (neurons + (2 if gated else 1) * kept)
+
+    @classmethod
+    def with_share(cls, kept: float) -> Self:
+        """Settings with which tokens compute this share of the neurons; for methods with a `sparsity`.
+
+        Raises:
+            InputError: the method has no such setting.
+        """
+        if "sparsity" not in cls.model_fields:
+            raise InputError(f"{cls.slug} cannot be set to a share of neurons")
+        return cls(**{"sparsity": 1 - kept})
 
     def neuron_policy(self, model: nn.Module, calibration: Calibration | None) -> NeuronPolicy | None:
         """Which neurons the MLPs compute; None leaves them alone."""
