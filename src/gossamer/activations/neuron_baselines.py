@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from pydantic import Field
 from torch import nn
@@ -46,6 +48,11 @@ class ReLUfication(ActivationMethod):
         handle = super().attach(model, calibration)
         handle.undo[:0] = [view.replace_activation(nn.ReLU()) for view in mlp_views(model)]
         return handle
+
+    @classmethod
+    def with_share(cls, kept: float) -> Self:
+        """The method as it is: the share that is measured tells."""
+        return cls()
 
 
 @register("top-k-neurons", slot="activations", family="activations", name="Top-k neurons", baseline=True)

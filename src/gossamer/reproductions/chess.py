@@ -12,11 +12,15 @@ from __future__ import annotations
 import math
 from typing import Any, cast
 
+import torch
+from torch import Tensor
+
 from gossamer.activations import ActivationMethod
-from gossamer.activations.chess import layer_bytes
+from gossamer.activations.chess import channel_thresholds, clamp_moment, importance, layer_bytes
 from gossamer.calibration import Calibration
 from gossamer.hf import mlp_views, model_shape
 from gossamer.models import load
+from gossamer.patterns import exact_quantile
 from gossamer.registry import make
 from gossamer.reproductions.base import Outcome, Progress, Reproduction
 from gossamer.reproductions.neuron_runs import Read, mlp_times, read, texts
@@ -38,6 +42,12 @@ def _methods() -> dict[str, ActivationMethod]:
     return cast(dict[str, ActivationMethod], found)
 
 
+def _fit(gate: Tensor, up: Tensor) -> Tensor:
+    """Channel thresholds at 70 %."""
+    moment = clamp_moment(up.square().mean(0))
+    return channel_thresholds(torch.tensor(exact_quantile(importance(gate, moment, "sq"), 0.7)), moment, "sq")
+
+
 def _experiment(progress: Progress) -> Outcome:
     loaded = load("smollm2")
     model = loaded.model
@@ -52,7 +62,7 @@ def _experiment(progress: Progress) -> Outcome:
             learned[key] = method.calibrate(model, calibration_text)
         reads[name] = read(model, evaluation, method, learned[key])
     progress("speed", 0, 1)
-    speed = mlp_times(0.7, threads=1)
+    speed = mlp_times(_fit, threads=1)
     loss = {name: math.log(r.perplexity / reads["dense"].perplexity) for name, r in reads.items()}
     closed = {
         f"{moment} {level}": 1 - loss[f"chess {moment} {level}"] / loss[f"cats {level}"]

@@ -17,7 +17,6 @@ from gossamer.activations import ActivationMethod
 from gossamer.calibration import Calibration
 from gossamer.data import split, text, token_blocks
 from gossamer.ops import NeuronWeights, linear, sparse_mlp
-from gossamer.patterns import exact_quantile
 
 BLOCK, BLOCKS = 512, 8
 
@@ -74,11 +73,17 @@ def _perplexity(model: Any, blocks: Tensor) -> float:
 
 @torch.no_grad()
 def mlp_times(
-    sparsity: float, threads: int, channels: int = 2048, neurons: int = 8192, repeats: int = 25, seed: int = 0
+    fit: Callable[[Tensor, Tensor], Tensor],
+    threads: int,
+    channels: int = 2048,
+    neurons: int = 8192,
+    repeats: int = 25,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Time of one token through a gated MLP of random weights: dense by torch and by our kernel, and gathered.
 
-    The threshold is the quantile of 32 other tokens. Runs take turns; times are medians, in ms.
+    `fit` makes thresholds ``[]`` or ``[D]`` of the activated gates and ups ``[32, D]`` of other tokens. Runs take turns; times
+    are medians, in ms.
 
     Returns:
         Times by name; `speedup` over the faster dense one, the bound by bytes, and the share that was really dropped.
@@ -87,7 +92,7 @@ def mlp_times(
     gate, up, down = (torch.randn(neurons, channels, generator=generator) / channels**0.5 for _ in range(3))
     weights, laid_out = NeuronWeights(gate, up, down), down.t().contiguous()
     sample = torch.randn(32, channels, generator=generator)
-    threshold = torch.tensor(exact_quantile(F.silu(sample @ gate.T), sparsity))
+    threshold = fit(F.silu(sample @ gate.T), sample @ up.T)
     tokens = torch.randn(repeats, 1, channels, generator=generator)
     counts = torch.zeros(2, dtype=torch.int64)
 
