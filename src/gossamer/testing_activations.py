@@ -330,11 +330,11 @@ class ActivationContract:
 
     def test_detach_restores(self, case: ActivationCase) -> None:
         """After detaching, the model is what it was, bit for bit, and its weights lie as they lay."""
-        model = case.model
+        model = tiny_model(case.family)  # a fresh one, on which no test left anything
         before = {name: dict(vars(module)) for name, module in model.named_modules()}
         strides = {name: (p.stride(), p.requires_grad) for name, p in model.named_parameters()}
         want = _logits(model, _ids(2), 3)
-        handle = self.attach(case)
+        handle = case.method().attach(model, case.calibration())
         _logits(model, _ids(2), 3)
         handle.detach()
         handle.detach()

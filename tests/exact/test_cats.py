@@ -19,8 +19,7 @@ from gossamer.activations.finetune import finetune, near_threshold, warmup_facto
 from gossamer.calibration import Calibration
 from gossamer.errors import CalibrationError, InputError, ModelError
 from gossamer.hf import mlp_views, watch
-from gossamer.models import Plan, tiny_model
-from gossamer.models.lora import LoRA
+from gossamer.models import LoRA, Plan, tiny_model
 from gossamer.ops import NeuronWeights, sparse_mlp
 from gossamer.patterns import MagnitudeSketch, exact_quantile, threshold_at
 from gossamer.patterns.quantiles import TABLE
@@ -248,6 +247,35 @@ def test_every_family(family: str) -> None:
     assert dropped[0] == pytest.approx(0.6, abs=1e-2)
     assert all(0.4 < share < 0.8 for share in dropped)
     assert torch.equal(logits(model, TOKENS), dense)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_encoders_and_decoders(gated: bool) -> None:
+    """T5 has both, with a dropout before `wo`; its four MLPs are masked alike."""
+    config = transformers.T5Config(
+        vocab_size=64,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu" if gated else "relu",
+        decoder_start_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    tokens, method = TOKENS % 64, CATS(sparsity=0.6)
+    calibration = method.calibrate(model, tokens)
+    assert calibration.tensors["gate"].shape == (4, TABLE)
+    with torch.no_grad():
+        dense = model(tokens, decoder_input_ids=tokens).logits
+        with method.attach(model, calibration) as handle:
+            sparse = model(tokens, decoder_input_ids=tokens).logits
+            shares = handle.report()["neurons_kept_by_layer"]
+        assert not torch.equal(sparse, dense)
+        assert torch.equal(model(tokens, decoder_input_ids=tokens).logits, dense)
+    assert shares[0] == pytest.approx(0.4, abs=5e-3)
+    assert all(0.2 < share < 0.6 for share in shares)
 
 
 def test_bfloat16_and_int8() -> None:

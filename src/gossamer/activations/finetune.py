@@ -22,8 +22,7 @@ from gossamer.activations.base import ActivationMethod, Progress
 from gossamer.calibration import Calibration
 from gossamer.errors import InputError
 from gossamer.hf import FixedRules
-from gossamer.models import Plan, Training, fingerprint, train
-from gossamer.models.lora import LoRA
+from gossamer.models import LoRA, Plan, Training, fingerprint, train
 from gossamer.patterns import NeuronRule
 
 #: Activations below this many times their threshold are penalised.
