@@ -18,6 +18,7 @@ from gossamer.errors import CalibrationError, InputError, UnknownNameError
 Slot = Literal[
     "weights",
     "activations",
+    "activations.attention",
     "attention.prefill",
     "attention.decode",
     "cache",

@@ -3,7 +3,19 @@
 Importing this package registers them; a new one is a file here and a line below.
 """
 
+from gossamer.activations import (
+    cats,
+    chess,
+    delta_activation,
+    neuron_baselines,
+)
 from gossamer.activations.base import ActivationHandle, ActivationMethod
-from gossamer.activations.delta_activation import DeltaActivation, SpatialL1
 
-__all__ = ["ActivationHandle", "ActivationMethod", "DeltaActivation", "SpatialL1"]
+__all__ = [
+    "ActivationHandle",
+    "ActivationMethod",
+    "cats",
+    "chess",
+    "delta_activation",
+    "neuron_baselines",
+]

@@ -62,6 +62,8 @@ _MODULES = (
     "a2sf",
     "alisa",
     "delta_activation",
+    "cats",
+    "chess",
     "double_sparsity",
     "ems",
     "hip_attention",
