@@ -1,0 +1,179 @@
+"""A gated MLP at the few rows of a decode step that computes only the neurons whose gate is large."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gossamer.errors import InputError
+from gossamer.ops.linear import MAX_ROWS
+
+_OP = "sparse_mlp"
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
+"""What the gate may be activated by."""
+
+
+@dataclass(frozen=True, eq=False)
+class NeuronWeights:
+    """The weights of a gated MLP of D neurons over d channels, each neuron's in one row of each matrix.
+
+    Attributes:
+        gate, up, down: [D, d], inner stride 1, of one dtype: float32, bfloat16, or int8 with scales. `down` is the
+            transpose of the layer's weight.
+        gate_bias, up_bias: [D] or None. down_bias: [d] or None.
+        gate_scale, up_scale, down_scale: float32 [D] where the weights are int8: row j is ``weight[j] * scale[j]``.
+        activation: one of `ACTIVATIONS`.
+
+    Raises:
+        InputError: shapes, dtypes or the activation do not fit.
+    """
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+    gate_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+    gate_scale: Tensor | None = None
+    up_scale: Tensor | None = None
+    down_scale: Tensor | None = None
+    activation: str = "silu"
+
+    def __post_init__(self) -> None:
+        neurons, channels = self.gate.shape if self.gate.dim() == 2 else (-1, -1)
+        for name in ("gate", "up", "down"):
+            weight = getattr(self, name)
+            if list(weight.shape) != [neurons, channels] or weight.dtype is not self.gate.dtype:
+                raise InputError(f"{_OP}: gate, up and down must be [D,d] of one dtype; {name} is {list(weight.shape)}")
+            scale = getattr(self, f"{name}_scale")
+            if (scale is not None) != (weight.dtype is torch.int8):
+                raise InputError(f"{_OP}: int8 weights have scales and others have none; see {name}")
+            if scale is not None and list(scale.shape) != [neurons]:
+                raise InputError(f"{_OP}: {name}_scale must have shape [{neurons}], got {list(scale.shape)}")
+            bias, size = getattr(self, f"{name}_bias"), channels if name == "down" else neurons
+            if bias is not None and list(bias.shape) != [size]:
+                raise InputError(f"{_OP}: {name}_bias must have shape [{size}], got {list(bias.shape)}")
+        if self.activation not in ACTIVATIONS:
+            raise InputError(f"{_OP}: the activation is one of {', '.join(ACTIVATIONS)}, not {self.activation}")
+
+    @property
+    def neurons(self) -> int:
+        """D."""
+        return self.gate.shape[0]
+
+    @property
+    def channels(self) -> int:
+        """d."""
+        return self.gate.shape[1]
+
+    def quantized(self) -> NeuronWeights:
+        """A copy with int8 weights, rounded to nearest with one scale for each neuron and matrix."""
+        made = {}
+        for name in ("gate", "up", "down"):
+            weight = getattr(self, name).float()
+            scale = weight.abs().amax(-1).clamp_min(1e-12) / 127
+            made[name], made[f"{name}_scale"] = (weight / scale[:, None]).round().to(torch.int8), scale
+        biases = {name: getattr(self, name) for name in ("gate_bias", "up_bias", "down_bias")}
+        return NeuronWeights(**made, **biases, activation=self.activation)
+
+
+def sparse_mlp(
+    x: Tensor,
+    weights: NeuronWeights,
+    *,
+    threshold: Tensor | None = None,
+    count: int | None = None,
+    indices: Tensor | None = None,
+    counts: Tensor | None = None,
+) -> Tensor:
+    """Compute ``Σ_j g_j u_j down_j + bias`` over the kept neurons; ``g = act(gate x)``, ``u = up x``.
+
+    Parameters
+    ----------
+    x
+        [M, d], 1 to 8 rows, float32 or bfloat16 (others: reference).
+    weights
+        See `NeuronWeights`; of the dtype of ``x``, or int8.
+    threshold
+        float32 [] or [D]: neuron j is kept for a row where ``|g_j| > threshold_j``, or where ``g_j`` is NaN.
+    count
+        So many of the largest ``|g|`` of each row are kept, the lower index first where they are equal.
+    indices
+        int32 [n], ascending and without repeats: only these neurons exist, the gate included.
+    counts
+        int64 [M + 1], is overwritten: neurons kept for each row, and neurons kept for any.
+
+    Up and down are read for neurons that some row keeps; each row is made of its own neurons.
+
+    Returns
+    -------
+    [M, d] in the dtype of ``x``, accumulated in float32.
+
+    Raises
+    ------
+    InputError
+        Shapes, dtypes or devices that do not fit, more than 8 rows, or not exactly one of the three rules.
+
+    >>> eye = torch.eye(2)
+    >>> weights = NeuronWeights(eye, eye, eye, activation="relu")
+    >>> sparse_mlp(torch.tensor([[3.0, 1.0]]), weights, threshold=torch.tensor(2.0))
+    tensor([[9., 0.]])
+    """
+    if x.dim() != 2 or x.shape[1] != weights.channels:
+        raise InputError(f"{_OP}: want x [M,{weights.channels}], got {list(x.shape)}")
+    if not 1 <= x.shape[0] <= MAX_ROWS:
+        raise InputError(f"{_OP}: takes 1 to {MAX_ROWS} rows, got {x.shape[0]}")
+    if sum(rule is not None for rule in (threshold, count, indices)) != 1:
+        raise InputError(f"{_OP}: give one of threshold, count and indices")
+    if threshold is not None and list(threshold.shape) not in ([], [weights.neurons]):
+        raise InputError(f"{_OP}: threshold must have shape [] or [{weights.neurons}], got {list(threshold.shape)}")
+    if counts is not None and list(counts.shape) != [x.shape[0] + 1]:
+        raise InputError(f"{_OP}: counts must have shape [{x.shape[0] + 1}], got {list(counts.shape)}")
+    if weights.gate.dtype not in (x.dtype, torch.int8) or not x.dtype.is_floating_point:
+        raise InputError(f"{_OP}: x is {x.dtype}, the weights are {weights.gate.dtype}")
+    return _reference(x, weights, threshold, count, indices, counts)
+
+
+def _reference(
+    x: Tensor,
+    weights: NeuronWeights,
+    threshold: Tensor | None,
+    count: int | None,
+    indices: Tensor | None,
+    counts: Tensor | None,
+) -> Tensor:
+    def project(name: str) -> Tensor:
+        matrix, scale, bias = (getattr(weights, name + part) for part in ("", "_scale", "_bias"))
+        out = x.float() @ matrix.float().T
+        out = out if scale is None else out * scale
+        return out if bias is None else out + bias.float()
+
+    gate = ACTIVATIONS[weights.activation](project("gate"))
+    if threshold is not None:
+        kept = ~(gate.abs() <= threshold.float())
+    else:
+        kept = torch.zeros_like(gate, dtype=torch.bool)
+        if indices is not None:
+            kept[:, indices.long()] = True
+        else:
+            order = gate.abs().sort(dim=-1, descending=True, stable=True).indices
+            kept.scatter_(-1, order[:, : min(count or 0, weights.neurons)], True)
+    down = weights.down.float() if weights.down_scale is None else weights.down.float() * weights.down_scale[:, None]
+    out = torch.where(kept, gate * project("up"), 0.0) @ down
+    if weights.down_bias is not None:
+        out = out + weights.down_bias.float()
+    if counts is not None:
+        counts[:-1] = kept.sum(-1)
+        counts[-1] = kept.any(0).sum()
+    return out.to(x.dtype)
