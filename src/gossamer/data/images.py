@@ -1,9 +1,9 @@
 """Images that need no network: scikit-learn's digits, with noise on images and labels.
 
-    from gossamer.data.images import add_noise, corrupt_labels, digits
-    data = digits()
-    noisy = corrupt_labels(data.train_labels, 0.4, 10, seed=0)
-    blurred = add_noise(data.test_images, "shot", severity=3, seed=0)
+from gossamer.data.images import add_noise, corrupt_labels, digits
+data = digits()
+noisy = corrupt_labels(data.train_labels, 0.4, 10, seed=0)
+blurred = add_noise(data.test_images, "shot", severity=3, seed=0)
 """
 
 from __future__ import annotations

@@ -23,13 +23,13 @@ from transformers.models.vit.modeling_vit import ViTLayer, ViTPatchEmbeddings, V
 from gossamer.errors import InputError
 
 
-class SmallViTConfig(ViTConfig):
+class SmallViTConfig(ViTConfig):  # type: ignore[misc]
     """ViT's configuration under a type of its own."""
 
     model_type = "gossamer_small_vit"
 
 
-class SmallViT(ViTPreTrainedModel):
+class SmallViT(ViTPreTrainedModel):  # type: ignore[misc]
     """Patches, learned positions, pre-norm transformer blocks, mean over patches, a linear head.
 
     Called with ``pixel_values`` float ``[batch, channels, height, width]``; returns ``logits`` ``[batch, classes]``.
@@ -83,7 +83,8 @@ def small_vit(seed: int = 0, **overrides: Any) -> SmallViT:
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return SmallViT(SmallViTConfig(**settings)).eval()
+            model: SmallViT = SmallViT(SmallViTConfig(**settings)).eval()
+            return model
     except Exception as error:  # transformers checks settings in many places, with error classes of many kinds
         raise InputError(f"a small ViT cannot be made so: {' '.join(str(error).split())}") from error
 
