@@ -155,7 +155,7 @@ def _reference(
 ) -> Tensor:
     def project(name: str) -> Tensor:
         matrix, scale, bias = (getattr(weights, name + part) for part in ("", "_scale", "_bias"))
-        out = x.float() @ matrix.float().T
+        out: Tensor = x.float() @ matrix.float().T
         out = out if scale is None else out * scale
         return out if bias is None else out + bias.float()
 
