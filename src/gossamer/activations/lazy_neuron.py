@@ -12,6 +12,7 @@ Decisions where the card leaves room:
   needed either. "Largest" is by magnitude, which for ReLU is by value.
 * A neuron fires where its activation is not zero. After ReLU that is a > 0; of GELU or SiLU it says, truly, that nearly
   all do.
+* Where a family has dropout between activation and second matrix (T5), the k are chosen after it, while training.
 * Approximate top-k is the published one for accelerators (Chern et al. 2022): L buckets, the best of each, then the exact
   k of those, with L = ⌈1 / (1 − r^(1/(k−1)))⌉, for which the expected recall is at least r if the k best lie anywhere.
   Neuron i is in bucket i mod L. As there, buckets are made of equal size, so L may come out larger, and recall better.

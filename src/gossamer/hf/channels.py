@@ -82,14 +82,18 @@ class ChannelForward:
             return cast(Tensor, type(module).forward(module, x))
         weight = by_input(module)
         flat = x.reshape(-1, x.shape[-1])
-        if self.mode != "mask" and rule.threshold is not None and gathers(flat, weight):
+        sparse = self.mode != "mask" and gathers(flat, weight)
+        if sparse and rule.threshold is not None:
             counts = self.meter.scratch(len(flat))
             out = channel_sparse_linear(flat, weight, rule.threshold, module.bias, counts=counts)
             self.meter.count(x, counts)
             return out.view(*x.shape[:-1], -1)
         kept = rule.mask(x)
         self.meter.count_mask(x, kept)
-        return cast(Tensor, type(module).forward(module, torch.where(kept, x, 0)))
+        x = torch.where(kept, x, 0)
+        if sparse:  # the kernel skips exact zeros
+            return channel_sparse_linear(x.view_as(flat), weight, None, module.bias).view(*x.shape[:-1], -1)
+        return cast(Tensor, type(module).forward(module, x))
 
 
 def gathers(x: Tensor, weight: Tensor) -> bool:

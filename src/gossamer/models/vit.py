@@ -24,13 +24,27 @@ from gossamer.errors import InputError
 
 
 class SmallViTConfig(ViTConfig):  # type: ignore[misc]
-    """ViT's configuration under a type of its own."""
+    """ViT's configuration under a type of its own.
+
+    norm_first: layer norms before attention and MLP, as in ViT; else after them, as in the first transformer.
+    """
 
     model_type = "gossamer_small_vit"
+    norm_first: bool = True
+
+
+class PostNormLayer(ViTLayer):  # type: ignore[misc]
+    """ViT's layer with the norms after the sums."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """``[batch, tokens, width]``, the same shape back."""
+        hidden = self.layernorm_before(hidden + self.dropout(self.attention(hidden)[0]))
+        normed: Tensor = self.layernorm_after(hidden + self.dropout(self.mlp(hidden)))
+        return normed
 
 
 class SmallViT(ViTPreTrainedModel):  # type: ignore[misc]
-    """Patches, learned positions, pre-norm transformer blocks, mean over patches, a linear head.
+    """Patches, learned positions, transformer blocks, mean over patches, a linear head.
 
     Called with ``pixel_values`` float ``[batch, channels, height, width]``; returns ``logits`` ``[batch, classes]``.
     """
@@ -41,8 +55,10 @@ class SmallViT(ViTPreTrainedModel):  # type: ignore[misc]
         super().__init__(config)
         self.patch_embeddings = ViTPatchEmbeddings(config)
         self.position_embeddings = nn.Parameter(torch.empty(1, self.patch_embeddings.num_patches, config.hidden_size))
-        self.layers = nn.ModuleList(ViTLayer(config) for _ in range(config.num_hidden_layers))
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        layer = ViTLayer if config.norm_first else PostNormLayer
+        self.layers = nn.ModuleList(layer(config) for _ in range(config.num_hidden_layers))
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.layernorm = nn.LayerNorm(width, eps=eps) if config.norm_first else nn.Identity()
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
@@ -64,7 +80,7 @@ def small_vit(seed: int = 0, **overrides: Any) -> SmallViT:
     """A fresh `SmallViT`, fp32, in eval mode; the global random state is not touched.
 
     Defaults: images of 8 x 8 x 1 in patches of 2 (16 tokens), width 32, 2 layers, 2 heads, MLP 256, ReLU, 10 classes.
-    overrides: fields of `ViTConfig`, and `num_labels`.
+    overrides: fields of `SmallViTConfig`, and `num_labels`.
 
     Raises InputError for settings that transformers refuses.
     """
