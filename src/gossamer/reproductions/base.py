@@ -64,6 +64,7 @@ _MODULES = (
     "double_sparsity",
     "ems",
     "hip_attention",
+    "lazy_neuron",
     "minference",
     "seerattention",
     "tidaldecode",
