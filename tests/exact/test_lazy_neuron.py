@@ -389,12 +389,22 @@ def test_it_is_made_by_name_and_goes_into_a_recipe():
     assert gossamer.Recipe.parse({"methods": [{"lazy-neuron": {"k": 4}}]}).steps[0].method == method
 
 
+def test_k_may_be_a_share_of_the_width():
+    model = tiny_model("gpt2", activation_function="relu")
+    for method in (LazyNeuron(k="1/16"), LazyNeuron.with_share(1 / 16), LazyNeuron(k=8)):
+        with method.attach(model) as handle:
+            rules = [handle.mlp.policy.rule(layer) for layer in range(2)]
+        assert [rule.count for rule in rules] == [8, 8]
+
+
 def test_a_rule_keeps_no_zeros_and_shows_what_is_not_a_number():
     a = torch.tensor([[0.0, 2.0, 0.0, 1.0], [0.0, float("nan"), 3.0, 1.0]])
     assert TopKRule(count=3).mask(a).tolist() == [[False, True, False, True], [False, True, True, True]]
 
 
-@pytest.mark.parametrize("bad", [{"k": 0}, {"recall": 0}, {"recall": 1.5}, {"k": 2.5}, {"kay": 1}])
+@pytest.mark.parametrize(
+    "bad", [{"k": 0}, {"recall": 0}, {"recall": 1.5}, {"k": 2.5}, {"k": "many"}, {"k": True}, {"kay": 1}]
+)
 def test_bad_settings_are_refused(bad):
     with pytest.raises(InputError, match=r"^lazy-neuron: "):
         LazyNeuron(**bad)
@@ -409,6 +419,9 @@ def test_bad_models_and_data_get_one_clear_line():
     with pytest.raises(InputError, match="k must be 1 to 128"):
         topk_mlp(model, 500)
     assert not hasattr(model.config, CONFIG_NAME)
+    model.config.lazy_neuron_k = -3
+    with pytest.raises(InputError, match=r"^lazy-neuron: k.*a count must be 1 or more"):
+        LazyNeuron().attach(model)
     for call in (lambda m: LazyNeuron(k=1).attach(m), lambda m: activation_stats(m, [IDS])):
         with pytest.raises(ModelError, match="no MLP with known names"):
             call(torch.nn.Linear(2, 2))

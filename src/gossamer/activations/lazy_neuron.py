@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from pydantic import Field
@@ -37,7 +37,7 @@ from gossamer.activations.base import ActivationHandle, ActivationMethod
 from gossamer.calibration import Calibration
 from gossamer.errors import InputError, ModelError
 from gossamer.hf import FixedRules, MLPView, NeuronPolicy, mlp_views
-from gossamer.patterns import NeuronRule
+from gossamer.patterns import Budget, NeuronRule, resolve
 from gossamer.registry import register
 
 #: Where a model's config holds its k.
@@ -272,7 +272,7 @@ class TopKRule(NeuronRule):
 
     def mask(self, a: Tensor) -> Tensor:
         """Bool ``[..., D]``."""
-        k = min(cast(int, self.count), a.shape[-1])
+        k = cast(int, self.count)
         kept = topk_mask(a, k) if self.recall is None else approximate_topk_mask(a, k, self.recall)
         return kept & (a != 0)
 
@@ -298,28 +298,36 @@ class LazyNeuron(ActivationMethod):
     True
     """
 
-    k: int | None = Field(None, ge=1, description="neurons kept per token in every MLP (paper: 128; ViT-21k: 256)")
+    k: Budget | None = Field(
+        None, description="neurons kept per token in every MLP, a count or a fraction (paper: 128; ViT-21k: 256)"
+    )
     recall: float | None = Field(
         None, gt=0, le=1, description="recall target of an approximate top-k (paper, on TPU: 0.95); exact without"
     )
 
+    @classmethod
+    def with_share(cls, kept: float) -> Self:
+        """Settings with which tokens compute this share of the neurons."""
+        return cls(k=float(kept))
+
     def neuron_policy(self, model: nn.Module, calibration: Calibration | None) -> NeuronPolicy:
-        """The same rule in every MLP.
+        """The same k in every MLP.
 
         Raises:
             InputError: no k is given, and the model has none of its own; or k is above every MLP's width.
         """
-        k = self.k if self.k is not None else getattr(getattr(model, "config", None), CONFIG_NAME, None)
+        k = self.k
+        if k is None:  # through the settings, so that a config is checked as they are
+            k = LazyNeuron(k=getattr(getattr(model, "config", None), CONFIG_NAME, None)).k
         if k is None:
             raise InputError("lazy-neuron: this model has no k of its own: set k (128 for widths of 3072)")
-        views = mlp_views(model)
-        widest = max(view.neurons for view in views)
-        if not 1 <= k <= widest:
-            raise InputError(f"lazy-neuron: k must be 1 to {widest}, the width of the MLPs; got {k}")
-        return FixedRules([TopKRule(count=k, recall=self.recall)] * len(views))
+        widths = [view.neurons for view in mlp_views(model)]
+        if k > max(widths):
+            raise InputError(f"lazy-neuron: k must be 1 to {max(widths)}, the width of the MLPs; got {k}")
+        return FixedRules([TopKRule(count=min(resolve(k, width), width), recall=self.recall) for width in widths])
 
 
-def topk_mlp(model: nn.Module, k: int, recall: float | None = None) -> ActivationHandle:
+def topk_mlp(model: nn.Module, k: int | float, recall: float | None = None) -> ActivationHandle:
     """Make a model a Top-k transformer for training: attached, and k in its config, so that its checkpoints carry it.
 
     After `from_pretrained`, ``LazyNeuron().attach(model)`` runs it with the same k.
