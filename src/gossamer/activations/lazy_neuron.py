@@ -16,7 +16,8 @@ Decisions where the card leaves room:
 * Approximate top-k is the published one for accelerators (Chern et al. 2022): L buckets, the best of each, then the exact
   k of those, with L = ⌈1 / (1 − r^(1/(k−1)))⌉, for which the expected recall is at least r if the k best lie anywhere.
   Neuron i is in bucket i mod L. As there, buckets are made of equal size, so L may come out larger, and recall better.
-  Gated decode steps on a kernel select exactly.
+  Gated decode steps on a kernel select exactly. A CPU gains nothing by it (of 65,536 neurons the best 128: 0.12 ms
+  against 0.14 ms).
 * k lives in the model's config as `lazy_neuron_k` once `topk_mlp` has set it; checkpoints then carry it.
 """
 
