@@ -7,6 +7,7 @@ from gossamer.activations import (
     cats,
     chess,
     delta_activation,
+    lazy_neuron,
     neuron_baselines,
 )
 from gossamer.activations.base import ActivationHandle, ActivationMethod
@@ -17,5 +18,6 @@ __all__ = [
     "cats",
     "chess",
     "delta_activation",
+    "lazy_neuron",
     "neuron_baselines",
 ]

@@ -67,6 +67,7 @@ _MODULES = (
     "double_sparsity",
     "ems",
     "hip_attention",
+    "lazy_neuron",
     "minference",
     "seerattention",
     "tidaldecode",
