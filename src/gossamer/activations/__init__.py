@@ -3,6 +3,7 @@
 Importing this package registers them; a new one is a file here and a line below.
 """
 
+from gossamer.activations import prosparse, prosparse_predictor
 from gossamer.activations.base import ActivationHandle, ActivationMethod
 
-__all__ = ["ActivationHandle", "ActivationMethod"]
+__all__ = ["ActivationHandle", "ActivationMethod", "prosparse", "prosparse_predictor"]

@@ -4,5 +4,15 @@ from gossamer.patterns.area import AreaMeter, causal_pairs
 from gossamer.patterns.budget import Budget, resolve
 from gossamer.patterns.neurons import NeuronRule
 from gossamer.patterns.quantiles import MagnitudeSketch, exact_quantile
+from gossamer.patterns.schedules import SineStages
 
-__all__ = ["AreaMeter", "Budget", "MagnitudeSketch", "NeuronRule", "causal_pairs", "exact_quantile", "resolve"]
+__all__ = [
+    "AreaMeter",
+    "Budget",
+    "MagnitudeSketch",
+    "NeuronRule",
+    "SineStages",
+    "causal_pairs",
+    "exact_quantile",
+    "resolve",
+]
