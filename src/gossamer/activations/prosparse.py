@@ -93,11 +93,12 @@ class FATReLURules(FixedRules):
     """Neurons whose ReLU output is not below t, in every MLP."""
 
     def __init__(self, model: nn.Module, t: float) -> None:
-        views = mlp_views(model)
-        dtype = next(model.parameters()).dtype
-        device = next(model.parameters()).device
-        rule = NeuronRule(threshold=strict_threshold(t, dtype).to(device), on="gate")
-        super().__init__([rule] * len(views))
+        rules = []
+        for view in mlp_views(model):
+            weight = next(view.gate.parameters())
+            dtype = weight.dtype if weight.is_floating_point() else torch.float32
+            rules.append(NeuronRule(threshold=strict_threshold(t, dtype).to(weight.device)))
+        super().__init__(rules)
         self.t = t
 
     def report(self) -> dict[str, Any]:
@@ -138,7 +139,7 @@ class ProSparse(ActivationMethod):
     Use it when a SiLU or GELU model can be trained on (tens of billions of tokens at the paper's scale). `train` runs the
     three steps; the checkpoint is an ordinary ReLU one. `attach` skips the zeros at decode: exact, and cheaper by up and
     down of the inactive neurons, so an MLP costs 1 + 2(1 − s) of its 3 matrices. Gains shrink in batches, where the union of
-    the rows' neurons is read. Presets: ``ProSparse.preset("7b")``; baselines of equal length: ``.baseline("vanilla")``.
+    the rows' neurons is read. Presets: ``ProSparse.preset("7b")``; baselines of equal length: ``.arm("vanilla")``.
 
     Paper: ProSparse: Introducing and Enhancing Intrinsic Activation Sparsity within Large Language Models, arXiv 2402.13516.
 
@@ -156,8 +157,12 @@ class ProSparse(ActivationMethod):
     threshold: float | None = Field(
         None, ge=0, description="t of FATReLU, set after training; at attach it overrides the model's own"
     )
-    bias: float = Field(0.0, ge=0, description="b, the shifted-ReLU baseline: max(z − b, 0) in place of ReLU (paper: 0.1)")
-    sft_factor: float = Field(1e-2, ge=0, description="constant λ of fine-tuning a sparse model: smaller than λ_S, not 0")
+    bias: float = Field(
+        0.0, ge=0, description="b, the shifted-ReLU baseline: max(z − b, 0) in place of ReLU (paper: 0.1)"
+    )
+    sft_factor: float = Field(
+        1e-2, ge=0, description="constant λ of fine-tuning a sparse model: smaller than λ_S, not 0"
+    )
     lr: float = Field(3e-5, gt=0, description="learning rate at its height, then a cosine")
 
     @model_validator(mode="after")
@@ -181,7 +186,7 @@ class ProSparse(ActivationMethod):
             raise UnknownNameError(f"there is no published schedule {size!r}: choose from {', '.join(_PUBLISHED)}")
         return cls(**_PUBLISHED[size])
 
-    def baseline(self, kind: Literal["vanilla", "shifted", "fixed"], value: float = 0.1) -> Self:
+    def arm(self, kind: Literal["vanilla", "shifted", "fixed"], value: float = 0.1) -> Self:
         """A baseline with as many steps: step 1 alone; with `max(z − value, 0)`; or with a constant λ = value after step 1."""
         changes: dict[str, Any] = {"peaks": (value,), "ends": (self.steps,)}
         if kind != "fixed":
@@ -228,7 +233,9 @@ class ProSparse(ActivationMethod):
         """
         plan = plan or Plan(steps=self.steps, lr=self.lr)
         if plan.steps != self.steps:
-            raise InputError(f"the stages end after {self.steps} steps, the plan has {plan.steps}: use .scaled({plan.steps})")
+            raise InputError(
+                f"the stages end after {self.steps} steps, the plan has {plan.steps}: use .scaled({plan.steps})"
+            )
         relufy(model)
         if self.bias:
             shift_relu(model, self.bias)

@@ -109,7 +109,9 @@ def fit_predictor(
         CalibrationError: `x` is not finite.
     """
     if x.dim() != 2 or active.dim() != 2 or len(x) != len(active) or len(x) < 20 or active.dtype is not torch.bool:
-        raise InputError(f"a predictor needs x [n,d] and bool [n,D], n >= 20; got {list(x.shape)}, {list(active.shape)}")
+        raise InputError(
+            f"a predictor needs x [n,d] and bool [n,D], n >= 20; got {list(x.shape)}, {list(active.shape)}"
+        )
     if not bool(torch.isfinite(x).all()):
         raise CalibrationError("inputs of an MLP are not finite: check the model's weights and the texts")
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
@@ -121,11 +123,11 @@ def fit_predictor(
         optimizer = torch.optim.AdamW(net.parameters(), lr=lr)
         history: list[dict[str, float]] = []
         best: dict[str, Tensor] = {}
-        for epoch in range(epochs):
+        for _ in range(epochs):
             for part in training[torch.randperm(len(training)).to(x.device)].split(batch):
                 loss = F.binary_cross_entropy_with_logits(net(x[part].float()), active[part].float())
                 optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 optimizer.step()
             with torch.no_grad():
                 predicted = net(x[testing].float()).sigmoid() > cutoff
@@ -135,7 +137,9 @@ def fit_predictor(
             history.append(found)
     net.load_state_dict(best)
     chosen = max(range(epochs), key=lambda e: history[e]["recall"])
-    return Fit(net.requires_grad_(False).eval(), history[chosen]["recall"], history[chosen]["sparsity"], chosen, history)
+    return Fit(
+        net.requires_grad_(False).eval(), history[chosen]["recall"], history[chosen]["sparsity"], chosen, history
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,7 +244,7 @@ class ReLUPredictor(ActivationMethod):
                 tensors |= {f"{view.index}.{name}": value.cpu() for name, value in fit.predictor.state_dict().items()}
                 facts["recall"].append(fit.recall)
                 facts["sparsity"].append(fit.sparsity)
-        return Calibration(self.slug, fingerprint(model), tensors, facts)  # type: ignore[arg-type]
+        return Calibration(self.slug, fingerprint(model), tensors, facts)
 
     @staticmethod
     def _pairs(model: nn.Module, tokens: Tensor, views: list[MLPView]) -> dict[MLPView, tuple[Tensor, Tensor]]:
@@ -269,7 +273,7 @@ class ReLUPredictor(ActivationMethod):
             CalibrationError: none, of another model, or damaged.
         """
         learned = self.require(calibration)
-        learned.check(fingerprint(model))  # type: ignore[arg-type]
+        learned.check(fingerprint(model))
         predictors = []
         for view in mlp_views(model):
             names = ("first.weight", "first.bias", "second.weight", "second.bias")

@@ -130,7 +130,7 @@ def relufy(model: nn.Module) -> None:
 
 def _say_relu(config: Any) -> None:
     for name in ("", *getattr(config, "sub_configs", {})):
-        part = getattr(config, name, None) if name else config
+        part: Any = getattr(config, name, None) if name else config
         for field in _FIELDS:
             if isinstance(getattr(part, field, None), str):
                 setattr(part, field, "relu")
@@ -200,7 +200,9 @@ def shift_of(model: nn.Module) -> tuple[Shift, float]:
     if kind is None:
         return "fatrelu", 0.0
     if kind not in ("fatrelu", "shiftrelu") or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise ModelError(f"the configuration has {_SHIFT}={kind!r} and {_PARAMETER}={value!r}: this is no shift of a ReLU")
+        raise ModelError(
+            f"the configuration has {_SHIFT}={kind!r} and {_PARAMETER}={value!r}: this is no shift of a ReLU"
+        )
     return kind, float(value)
 
 

@@ -9,6 +9,7 @@ Each shape maps 0 to 0 and 1 to 1 and never falls; a value that goes from a to b
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -107,9 +108,9 @@ class SineStages:
         if not all(math.isfinite(value) for value in (*self.peaks, *self.ends, self.start)):
             raise InputError("peaks and ends of stages must be finite")
         borders = (self.start, *self.ends)
-        if self.start < 0 or any(a >= b for a, b in zip(borders, borders[1:], strict=False)):
+        if self.start < 0 or any(a >= b for a, b in itertools.pairwise(borders)):
             raise InputError(f"stages must end one after the other, from {self.start:g} on; got {list(self.ends)}")
-        if self.peaks[0] < 0 or any(a > b for a, b in zip(self.peaks, self.peaks[1:], strict=False)):
+        if self.peaks[0] < 0 or any(a > b for a, b in itertools.pairwise(self.peaks)):
             raise InputError(f"peaks of stages must not be negative and must not fall, got {list(self.peaks)}")
 
     def __call__(self, t: float) -> float:

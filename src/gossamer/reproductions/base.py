@@ -65,6 +65,7 @@ _MODULES = (
     "ems",
     "hip_attention",
     "minference",
+    "prosparse",
     "seerattention",
     "tidaldecode",
     "tokenselect",

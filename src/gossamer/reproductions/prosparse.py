@@ -31,9 +31,9 @@ SEED, STEPS, BATCH, CONTEXT = 0, 2000, 16, 96
 SHIFTS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2)
 STAGED = ProSparse(relu_steps=300, peaks=(0.025, 0.25, 1.0, 1.0), ends=(500, 1100, 1700, 2000))
 ARMS: dict[str, ProSparse] = {
-    "relu": STAGED.baseline("vanilla"),
-    "shifted relu 0.1": STAGED.baseline("shifted", 0.1),
-    "fixed 0.5": STAGED.baseline("fixed", 0.5),
+    "relu": STAGED.arm("vanilla"),
+    "shifted relu 0.1": STAGED.arm("shifted", 0.1),
+    "fixed 0.5": STAGED.arm("fixed", 0.5),
     "progressive 1.0": STAGED,
 }
 THRESHOLDS = {
@@ -128,7 +128,7 @@ def _engines(model: Any, data: Tensor, blocks: Tensor) -> dict[str, Any]:
 def judge(raw: dict[str, Any]) -> Outcome:
     """The verdict by `THRESHOLDS`."""
     arms, limits = raw["arms"], THRESHOLDS
-    relu, staged = arms["relu"], arms["progressive 1.0"]
+    relu = arms["relu"]
     penalised = {name: arms[name] for name in ("fixed 0.5", "progressive 1.0")}
     good = [
         name
@@ -166,14 +166,18 @@ def judge(raw: dict[str, Any]) -> Outcome:
     more = all(arm["zeros"] > relu["zeros"] + 0.1 for arm in penalised.values())
     lines = "; ".join(f"{name} {arm['zeros']:.3f} / {arm['bits_per_byte']:.3f}" for name, arm in arms.items())
     best = max(free, key=lambda name: free[name], default=None)
-    shift = f"shift ({best}) +{100 * free[best]:.1f} points at {gains[best][1]:.4f} times the bits" if best else "no free shift"
+    shift = (
+        f"shift ({best}) +{100 * free[best]:.1f} points at {gains[best][1]:.4f} times the bits"
+        if best
+        else "no free shift"
+    )
     return Outcome(
         verdict="reproduced" if not failed else "direction only" if more else "not reproduced",
         measured=(
             f"zeros / bits per byte: {lines}; {shift}; growth of zeros: step 1 {growth['step 1']:+.3f}, ReLU after it "
             f"{growth['relu, the rest']:+.3f}, progressive after it {growth['progressive, the rest']:+.3f}"
         ),
-        raw={**raw, "growth": growth, "shift_gains": gains, "shift_of_arm": staged["shifts"], "checks": checks},
+        raw={**raw, "growth": growth, "shift_gains": gains, "checks": checks},
         explanation=f"failed: {', '.join(failed)}" if failed else "",
     )
 
