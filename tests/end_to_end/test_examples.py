@@ -24,3 +24,12 @@ def test_from_scratch(capsys):
     assert result["trained"] < 5.5  # bits per byte; 8 before training
     assert result["pruned"] < result["trained"] + 0.5
     assert "rows of up to" in capsys.readouterr().out
+
+
+def test_relu_sparsity(capsys):
+    result = load("relu_sparsity").main(["--steps", "60"])
+    assert result["zeros_silu"] == 0
+    assert result["zeros"] > 0.5
+    assert result["same"] == 1
+    assert result["read"] < 0.85
+    assert "of the MLPs' weights were read" in capsys.readouterr().out
