@@ -5,6 +5,7 @@ from gossamer.patterns.budget import Budget, resolve
 from gossamer.patterns.neurons import NeuronRule
 from gossamer.patterns.quantiles import MagnitudeSketch, exact_quantile
 from gossamer.patterns.schedules import SineStages
+from gossamer.patterns.trees import Tree, best_tree, expected_tokens
 
 __all__ = [
     "AreaMeter",
@@ -12,7 +13,10 @@ __all__ = [
     "MagnitudeSketch",
     "NeuronRule",
     "SineStages",
+    "Tree",
+    "best_tree",
     "causal_pairs",
     "exact_quantile",
+    "expected_tokens",
     "resolve",
 ]
