@@ -12,7 +12,8 @@ Decisions where the card leaves room:
 * The two layers have biases. Their inner width is `hidden`; the paper does not print it.
 * Best recall alone would choose a net that predicts everything; the epochs compete under one cutoff and one loss, which
   keeps them comparable, and both numbers are in the calibration's facts.
-* Rows of a batch share the union of their neurons, as in the engines. Prompts are read with the exact model.
+* Every token computes its own neurons, in prompts and in batches alike. Only a single row skips the others' weights; several
+  rows compute all and zero, because the kernel takes one list of neurons. (Engines compute the union of the rows.)
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ from gossamer.activations.relufication import check_relu
 from gossamer.calibration import Calibration
 from gossamer.errors import CalibrationError, InputError
 from gossamer.hf import MLPView, NeuronPolicy, mlp_views, watch
-from gossamer.hf.policy import TEACHER_FORCED
 from gossamer.models import fingerprint
 from gossamer.patterns import NeuronRule
 from gossamer.registry import register
@@ -144,10 +144,10 @@ def fit_predictor(
 
 @dataclass(frozen=True, eq=False)
 class PredictedRule(NeuronRule):
-    """The union's `indices` for a kernel, and what was predicted for each token for a mask.
+    """What was predicted for each token; with a single row also the `indices` that a kernel takes.
 
     Attributes:
-        predicted: bool ``[..., D]``, broadcastable to the activations.
+        predicted: bool, of the shape of the activations.
     """
 
     predicted: Tensor | None = None
@@ -155,13 +155,11 @@ class PredictedRule(NeuronRule):
     def mask(self, a: Tensor) -> Tensor:
         """The prediction."""
         assert self.predicted is not None
-        return self.predicted.expand(a.shape)
+        return self.predicted.reshape(a.shape)
 
 
 class PredictedNeurons(NeuronPolicy):
     """Computes the neurons that each layer's predictor names from the MLP's input."""
-
-    prompt = False
 
     def __init__(self, predictors: list[ActivationPredictor], cutoff: float) -> None:
         self.predictors = predictors
@@ -170,15 +168,14 @@ class PredictedNeurons(NeuronPolicy):
 
     def see(self, view: MLPView, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         """Predict from the input of a layer's MLP; a hook that runs before it."""
-        x = args[0]
-        if x.dim() > 2 and x.shape[-2] > 1 and not TEACHER_FORCED.get():
-            return  # a prompt, which is read exactly
-        predictor = self.predictors[view.index]
+        x, predictor = args[0].detach(), self.predictors[view.index]
         predicted = predictor(x.to(predictor.first.weight.dtype)) > self.logit
-        # Rows decoded together share their union; so do the rows of a block that stands for so many steps.
-        predicted = predicted.any(0, keepdim=True)
-        indices = predicted.flatten(0, -2).any(0).nonzero()[:, 0].to(torch.int32)
-        self._rules[view.index] = PredictedRule(indices=indices, predicted=predicted)
+        single = predicted.numel() == predicted.shape[-1]
+        indices = predicted.flatten().nonzero()[:, 0] if single else predicted.new_zeros(0)
+        # Rules on the product are never gathered, so that several rows are masked.
+        self._rules[view.index] = PredictedRule(
+            indices=indices.to(torch.int32), on="gate" if single else "product", predicted=predicted
+        )
 
     def rule(self, layer: int) -> NeuronRule | None:
         """What was last predicted."""
@@ -271,17 +268,20 @@ class ReLUPredictor(ActivationMethod):
 
         Raises:
             CalibrationError: none, of another model, or damaged.
+            ModelError: the MLPs are no ReLU ones.
         """
         learned = self.require(calibration)
         learned.check(fingerprint(model))
+        check_relu(model)
         predictors = []
         for view in mlp_views(model):
             names = ("first.weight", "first.bias", "second.weight", "second.bias")
             state = {name: learned.tensors.get(f"{view.index}.{name}") for name in names}
             hidden = state["first.bias"].numel() if state["first.bias"] is not None else 1
-            net = ActivationPredictor(view.channels, hidden, view.neurons)
+            with torch.device("meta"):  # no weights are drawn: attaching leaves the random numbers alone
+                net = ActivationPredictor(view.channels, hidden, view.neurons)
             try:
-                net.load_state_dict(state)
+                net.load_state_dict(state, assign=True)
             except (RuntimeError, AttributeError) as error:
                 raise CalibrationError(
                     f"the predictor of {view.name} is damaged ({type(error).__name__}): calibrate again"
@@ -297,7 +297,6 @@ class ReLUPredictor(ActivationMethod):
             ModelError: the MLPs are no ReLU ones, or are under a policy already.
             CalibrationError: as `neuron_policy`.
         """
-        check_relu(model)
         handle = super().attach(model, calibration)
         assert handle.mlp is not None
         policy = handle.mlp.policy
