@@ -90,7 +90,12 @@ def model_sparsity(model: nn.Module, tokens: Tensor) -> float:
 
 
 class FATReLURules(FixedRules):
-    """Neurons whose ReLU output is not below t, in every MLP."""
+    """Neurons whose ReLU output is not below t, in every MLP.
+
+    >>> from gossamer.models import tiny_model
+    >>> FATReLURules(tiny_model("llama"), 0.5).rule(0).mask(torch.tensor([0.25, 0.5, 1.0]))
+    tensor([False,  True,  True])
+    """
 
     def __init__(self, model: nn.Module, t: float) -> None:
         rules = []

@@ -78,7 +78,7 @@ class ActivationPredictor(nn.Module):
 
 @dataclass(frozen=True)
 class Fit:
-    """A trained predictor and what it does on the held-out pairs."""
+    """A trained predictor, what it does on the held-out pairs, the epoch it is of, and all epochs' numbers."""
 
     predictor: ActivationPredictor
     recall: float
@@ -148,6 +148,10 @@ class PredictedRule(NeuronRule):
 
     Attributes:
         predicted: bool, of the shape of the activations.
+
+    >>> rule = PredictedRule(indices=torch.tensor([1], dtype=torch.int32), predicted=torch.tensor([False, True]))
+    >>> rule.mask(torch.tensor([3.0, 0.1]))
+    tensor([False,  True])
     """
 
     predicted: Tensor | None = None
@@ -159,7 +163,15 @@ class PredictedRule(NeuronRule):
 
 
 class PredictedNeurons(NeuronPolicy):
-    """Computes the neurons that each layer's predictor names from the MLP's input."""
+    """Computes the neurons that each layer's predictor names from the MLP's input.
+
+    >>> from gossamer.models import tiny_model
+    >>> view, net = mlp_views(tiny_model("llama"))[0], ActivationPredictor(64, 8, 128)
+    >>> policy = PredictedNeurons([net], cutoff=0.5)
+    >>> policy.see(view, view.owner, (torch.ones(1, 1, 64),))
+    >>> policy.rule(0).indices.tolist() == (net(torch.ones(64)) > 0).nonzero()[:, 0].tolist()
+    True
+    """
 
     def __init__(self, predictors: list[ActivationPredictor], cutoff: float) -> None:
         self.predictors = predictors

@@ -46,7 +46,11 @@ def shifted_relu(z: Tensor, b: float) -> Tensor:
 
 
 class FATReLU(nn.Module):
-    """`fatrelu` as a module."""
+    """`fatrelu` as a module.
+
+    >>> FATReLU(0.5)(torch.tensor([0.4, 0.5]))
+    tensor([0.0000, 0.5000])
+    """
 
     def __init__(self, t: float) -> None:
         super().__init__()
@@ -62,7 +66,11 @@ class FATReLU(nn.Module):
 
 
 class ShiftedReLU(nn.Module):
-    """`shifted_relu` as a module."""
+    """`shifted_relu` as a module.
+
+    >>> ShiftedReLU(0.5)(torch.tensor([0.4, 0.75]))
+    tensor([0.0000, 0.2500])
+    """
 
     def __init__(self, b: float) -> None:
         super().__init__()
