@@ -9,6 +9,8 @@ from gossamer.activations import (
     delta_activation,
     lazy_neuron,
     neuron_baselines,
+    prosparse,
+    prosparse_predictor,
 )
 from gossamer.activations.base import ActivationHandle, ActivationMethod
 
@@ -20,4 +22,6 @@ __all__ = [
     "delta_activation",
     "lazy_neuron",
     "neuron_baselines",
+    "prosparse",
+    "prosparse_predictor",
 ]

@@ -69,6 +69,7 @@ _MODULES = (
     "hip_attention",
     "lazy_neuron",
     "minference",
+    "prosparse",
     "seerattention",
     "tidaldecode",
     "tokenselect",
