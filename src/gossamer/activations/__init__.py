@@ -4,5 +4,6 @@ Importing this package registers them; a new one is a file here and a line below
 """
 
 from gossamer.activations.base import ActivationHandle, ActivationMethod
+from gossamer.activations.sparsing_law import SparsingLaw
 
-__all__ = ["ActivationHandle", "ActivationMethod"]
+__all__ = ["ActivationHandle", "ActivationMethod", "SparsingLaw"]
