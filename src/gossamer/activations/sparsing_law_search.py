@@ -284,7 +284,7 @@ def compare_rules(
 
     Args:
         model: the model, with `ids` and `mask` as in `ppl_p_sparsity`; or a probe of it, whose runs are then shared.
-        tolerance: width of the last interval of each rule's knob.
+        tolerance: width of the last interval of each rule's knob; with `ratio`, how near to it is near enough.
 
     Raises:
         As `ppl_p_sparsity`; InputError also for a ratio not between 0 and 1.
@@ -311,8 +311,29 @@ def compare_rules(
     return found
 
 
-def find_at_ratio(probe: Probe, ratio: float, rule: RuleName, tolerance: float = 1e-4) -> float:
-    """The knob of `rule` at which the sparse run keeps this share of the neurons."""
+def find_at_ratio(probe: Probe, ratio: float, rule: RuleName, tolerance: float = 1e-4, steps: int = 50) -> float:
+    """The knob of `rule` at which the sparse run keeps this share of the neurons, up to `tolerance`.
+
+    By false position (Illinois): the shares of most rules are nearly straight in their knobs, and every try is a forward.
+    Where a share is jumped over or out of reach (more than is nonzero), it is the knob nearest to it.
+    """
     if rule == "top-k":
         return 1 - ratio
-    return bisect_knob(lambda x: probe.at(rule, x).ratio > ratio, tolerance)
+    low, high = 0.0, 1.0
+    above, below = probe.at(rule, low).ratio - ratio, probe.at(rule, high).ratio - ratio
+    if above <= 0 or below >= 0:
+        return low if above <= 0 else high
+    found, side = low, 0
+    for _ in range(steps):
+        found = (low * below - high * above) / (below - above)
+        miss = probe.at(rule, found).ratio - ratio
+        if abs(miss) < tolerance or high - low < 1e-9:
+            break
+        if miss > 0:
+            low, above = found, miss
+            below = below / 2 if side > 0 else below
+        else:
+            high, below = found, miss
+            above = above / 2 if side < 0 else above
+        side = 1 if miss > 0 else -1
+    return found
