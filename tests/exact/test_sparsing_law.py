@@ -27,7 +27,7 @@ from gossamer.activations.sparsing_law_cett import (
 from gossamer.activations.sparsing_law_search import Probe, bisect_knob, compare_rules, find_at_ppl, ppl_p_sparsity
 from gossamer.calibration import Calibration
 from gossamer.errors import CalibrationError, InputError, ModelError
-from gossamer.hf import mlp_views
+from gossamer.hf import channels, mlp_views
 from gossamer.models import tiny_model
 from gossamer.registry import make
 
@@ -431,6 +431,28 @@ def test_attach_drops_below_the_thresholds(kind, mode, tmp_path):
             assert 0 < handle.report()["neurons_kept"] < 1
         assert not torch.equal(sparse, dense)
         assert torch.equal(model(ids).logits, dense)
+
+
+@pytest.mark.parametrize("kind", ["silu", "gpt2"])
+def test_decode_steps_read_only_what_is_kept_of_the_output_matrix(kind, monkeypatch):
+    """One operator call for each MLP and step, with the columns of dropped neurons unread."""
+    model, ids = model_of(kind), ids_of(kind)[:2]
+    calls, real = [], channels.channel_sparse_linear
+    monkeypatch.setattr(channels, "channel_sparse_linear", lambda *a, **k: calls.append(a[0].shape) or real(*a, **k))
+    results, kept = {}, {}
+    with torch.no_grad():
+        for mode in ("mask", "auto"):
+            with SparsingLaw(mode=mode).attach(model, learned(kind)) as handle:
+                cache = model(ids[:, :-1], use_cache=True).past_key_values
+                results[mode] = model(ids[:, -1:], past_key_values=cache).logits
+                report = handle.report()
+                kept[mode] = report["neurons_kept_by_layer"]
+    assert calls == [(2, 48)] * len(mlp_views(model))
+    torch.testing.assert_close(results["auto"], results["mask"], atol=1e-4, rtol=1e-4)
+    assert kept["auto"] == kept["mask"]
+    matrices = 3 if mlp_views(model)[0].gated else 2
+    dense = report["mlp_bytes_dense"]
+    assert dense * (1 - 1 / matrices) < report["mlp_bytes_read"] < dense
 
 
 def test_a_calibration_uses_so_many_tokens_at_most():

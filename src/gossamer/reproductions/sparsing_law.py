@@ -30,7 +30,7 @@ BLOCK, BLOCKS = 512, 2
 BATCH, CONTEXT, WARMUP, LR = 16, 96, 50, 2e-3
 CHECKPOINTS = (100, 200, 350, 500, 750, 1000, 1500, 2000)
 VALIDATION = 48
-THRESHOLDS = {"ppl_1": (0.55, 0.75), "ppl_5": (0.42, 0.60), "r2": 0.8}
+RANGES, R2 = {"ppl_1": (0.55, 0.75), "ppl_5": (0.42, 0.60)}, 0.8
 
 
 def _smollm2(progress: Progress) -> dict[str, Any]:
@@ -105,11 +105,9 @@ def _byte_model(activation: str, seed: int, progress: Progress) -> dict[str, Any
 def _experiment(progress: Progress) -> Outcome:
     relu, silu = _byte_model("relu", SEED, progress), _byte_model("silu", SEED, progress)
     real = _smollm2(progress)
-    prices: list[dict[str, Any]] = [real["by_price"][f"{p:g}"] for p in PRICES]
+    prices = [real["by_price"][f"{p:g}"] for p in PRICES]
     one, five, ten = (price["ratio"] for price in prices)
-    others: list[tuple[Any, Any]] = [
-        (price, price["equal_ratio"][rule]) for price in prices for rule in ("top-k", "fat")
-    ]
+    others = [(price, price["equal_ratio"][rule]) for price in prices for rule in ("top-k", "fat")]
     orders = {
         "falls_with_p": one > five > ten,
         "cett_is_best_at_equal_ratio": all(price["ppl_ratio"] < other["ppl_ratio"] for price, other in others),
@@ -117,10 +115,10 @@ def _experiment(progress: Progress) -> Outcome:
         "silu_rises": silu["ratios"][-1] > silu["ratios"][0],
     }
     levels = {
-        "ppl_1": THRESHOLDS["ppl_1"][0] <= one <= THRESHOLDS["ppl_1"][1],
-        "ppl_5": THRESHOLDS["ppl_5"][0] <= five <= THRESHOLDS["ppl_5"][1],
-        "relu_fit": relu["law"]["r2"] >= THRESHOLDS["r2"],
-        "silu_fit": silu["law"]["r2"] >= THRESHOLDS["r2"],
+        "ppl_1": RANGES["ppl_1"][0] <= one <= RANGES["ppl_1"][1],
+        "ppl_5": RANGES["ppl_5"][0] <= five <= RANGES["ppl_5"][1],
+        "relu_fit": relu["law"]["r2"] >= R2,
+        "silu_fit": silu["law"]["r2"] >= R2,
     }
     failed = [name for name, held in {**orders, **levels}.items() if not held]
     at_five = prices[1]["equal_ratio"]
