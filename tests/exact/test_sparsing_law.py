@@ -24,7 +24,14 @@ from gossamer.activations.sparsing_law_cett import (
     top_k_rule,
     zeros_rule,
 )
-from gossamer.activations.sparsing_law_search import Probe, bisect_knob, compare_rules, find_at_ppl, ppl_p_sparsity
+from gossamer.activations.sparsing_law_search import (
+    Probe,
+    bisect_knob,
+    compare_rules,
+    find_at_ppl,
+    ppl_p_checkpoints,
+    ppl_p_sparsity,
+)
 from gossamer.calibration import Calibration
 from gossamer.errors import CalibrationError, InputError, ModelError
 from gossamer.hf import channels, mlp_views
@@ -343,6 +350,21 @@ def test_checkpoints_share_one_c():
     assert mean == pytest.approx(1.05, abs=1e-3)
     alone = [find_at_ppl([probe], 0.05, tolerance=1e-5) for probe in probes]
     assert min(alone) - 1e-5 <= c <= max(alone) + 1e-5
+
+
+def test_a_training_uses_the_c_of_its_end():
+    models, ids = [model_of(kind) for kind in ("gemma", "relu", "silu")], ids_of("silu")[:8]
+    settings_ = {"p": 0.05, "tolerance": 1e-4, "candidates": 512}
+    found = ppl_p_checkpoints(models, ids, tuned=1, **settings_)
+    alone = ppl_p_sparsity(models[-1], ids, **settings_)
+    assert [part.cett for part in found] == [alone.cett] * 3
+    assert found[-1].run == alone.run
+    assert len({part.run.ratio for part in found}) == 3
+    both = ppl_p_checkpoints(models[1:], ids, tuned=2, **settings_)
+    assert sum(part.run.ppl_ratio for part in both) / 2 == pytest.approx(1.05, abs=3e-3)
+    for tuned in (0, 4):
+        with pytest.raises(InputError, match="tuned on 1 to 3"):
+            ppl_p_checkpoints(models, ids, tuned=tuned)
 
 
 def test_runs_that_differ_in_nothing_are_done_once(monkeypatch):

@@ -257,6 +257,36 @@ def ppl_p_sparsity(
     return probe.measure(find_at_ppl([probe], p, "cett", tolerance, progress))
 
 
+def ppl_p_checkpoints(
+    models: Sequence[nn.Module],
+    ids: Tensor,
+    p: float = 0.01,
+    *,
+    tuned: int = 5,
+    mask: Tensor | None = None,
+    tolerance: float = 1e-6,
+    candidates: int = 65_536,
+    progress: Progress = no_progress,
+) -> list[Measurement]:
+    """The activation ratio in the course of a training: c is tuned on the last checkpoints together and used for all.
+
+    Args:
+        models: checkpoints of one run, oldest first.
+        tuned: so many of the last ones share the search; the dense activations of these are held at once.
+        others: as in `ppl_p_sparsity`.
+
+    Raises:
+        As `ppl_p_sparsity`; InputError also where `tuned` is not in 1 … models.
+    """
+    if not 1 <= tuned <= len(models):
+        raise InputError(f"c can be tuned on 1 to {len(models)} of these checkpoints, not on {tuned}")
+    rows = real_rows(ids, mask)
+    last = [Probe(model, rows, candidates, progress) for model in models[-tuned:]]
+    c = find_at_ppl(last, p, "cett", tolerance, progress)
+    early = [Probe(model, rows, candidates, progress).measure(c) for model in models[:-tuned]]
+    return early + [probe.measure(c) for probe in last]
+
+
 @dataclass(frozen=True)
 class RuleResult:
     """One rule at the common price or ratio: its knob (see `Probe.knob`), share kept, perplexity over dense."""
