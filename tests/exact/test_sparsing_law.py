@@ -477,6 +477,18 @@ def test_decode_steps_read_only_what_is_kept_of_the_output_matrix(kind, monkeypa
     assert dense * (1 - 1 / matrices) < report["mlp_bytes_read"] < dense
 
 
+def test_a_model_in_bfloat16():
+    """Its loss is coarse, so the price is met roughly; the thresholds hold in its own dtype."""
+    torch.manual_seed(0)
+    model = tiny_model("llama").bfloat16()
+    ids = model.generate(torch.arange(1, 17)[:, None], max_new_tokens=31, do_sample=True, top_k=0)
+    calibration = SparsingLaw(p=0.1, tolerance=1e-3, candidates=512).calibrate(model, ids)
+    assert calibration.facts["ppl_ratio"] == pytest.approx(1.1, abs=0.03)
+    with torch.no_grad(), SparsingLaw().attach(model, calibration) as handle:
+        assert bool(model(ids).logits.isfinite().all())
+        assert handle.report()["neurons_kept"] == pytest.approx(calibration.facts["activation_ratio"], abs=0.01)
+
+
 def test_a_calibration_uses_so_many_tokens_at_most():
     few = SparsingLaw(p=0.1, tolerance=0.01, candidates=64, max_tokens=100)
     assert few.calibrate(model_of("silu"), ids_of("silu")).facts["tokens"] == 96
@@ -550,9 +562,9 @@ def test_models_that_cannot_be_measured():
     ids = ids_of("silu")
     with pytest.raises(CalibrationError, match="eval"):
         ppl_p_sparsity(tiny_model("llama").train(), ids)
-    headless = tiny_model("llama").model
-    with pytest.raises(ModelError, match="no causal language model"):
-        ppl_p_sparsity(headless, ids)
+    for headless in (tiny_model("llama").model, torch.nn.Linear(2, 2)):
+        with pytest.raises(ModelError, match="no causal language model"):
+            ppl_p_sparsity(headless, ids)
     config = transformers.T5Config(vocab_size=64, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=4)
     with pytest.raises(ModelError, match="no causal language model"):
         ppl_p_sparsity(transformers.T5ForConditionalGeneration(config).eval(), ids)

@@ -105,8 +105,8 @@ class Probe:
         candidates: int = 65_536,
         progress: Progress = no_progress,
     ) -> None:
-        call: Any = model
-        if getattr(call.config, "is_encoder_decoder", False) or call.get_output_embeddings() is None:
+        config, head = getattr(model, "config", None), getattr(model, "get_output_embeddings", lambda: None)
+        if config is None or getattr(config, "is_encoder_decoder", False) or head() is None:
             raise ModelError(f"{type(model).__name__} is no causal language model: it has no perplexity to hold")
         device = next(model.parameters()).device
         rows = [row.to(device) for row in rows]
