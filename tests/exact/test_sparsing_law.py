@@ -24,10 +24,10 @@ from gossamer.activations.sparsing_law_cett import (
     top_k_rule,
     zeros_rule,
 )
+from gossamer.activations.sparsing_law_compare import compare_rules
 from gossamer.activations.sparsing_law_search import (
     Probe,
     bisect_knob,
-    compare_rules,
     find_at_ppl,
     ppl_p_checkpoints,
     ppl_p_sparsity,

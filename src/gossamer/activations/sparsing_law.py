@@ -8,8 +8,8 @@ layer (CETT), and the error is the one at which validation perplexity rises by p
     ε_l: CETT_l(ε_l) = c in every layer;   c: perplexity(masked) / perplexity(dense) = 1 + p
     keep neuron i where |a_i| > θ_{l,i} = ε_l / ‖W_out,l[:, i]‖
 
-The formulas and one layer's search are in `sparsing_law_cett`, the search of c and the comparison with the other rules in
-`sparsing_law_search`, the scaling laws in `sparsing_law_fits`.
+The formulas and one layer's search are in `sparsing_law_cett`, the search of c in `sparsing_law_search`, the comparison with the
+other rules in `sparsing_law_compare`, the scaling laws in `sparsing_law_fits`.
 
 What it saves: the product a_i must be known before it can be judged, so gate and up are computed in full and only W_out's
 columns are skipped, exactly and without a predictor. At most a third of an MLP's weights is not read. To skip W_in as well, a

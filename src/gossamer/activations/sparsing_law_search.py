@@ -1,4 +1,4 @@
-"""PPL-p%: the one CETT for all layers at which perplexity rises by exactly p, and the other rules on the same terms.
+"""PPL-p%: the one CETT for all layers at which perplexity rises by exactly p.
 
     c ∈ [0, 1]:  ε_l(c) for every layer → the model with all MLPs masked → r = exp(loss_sparse − loss_dense)
     r < 1 + p  →  c is the new lower bound, else the new upper bound;  at the end c is the middle
@@ -26,6 +26,8 @@ from gossamer.hf import FixedRules, MLPRuntime
 from gossamer.patterns import NeuronRule
 
 RuleName = Literal["zeros", "top-k", "fat", "cett"]
+# What tells a setting of a rule from others, and what makes its rules.
+Setting = tuple[Hashable, Callable[[], list[NeuronRule]]]
 # Tokens of one forward: the logits of 1024 at a vocabulary of 50,000 are 0.2 GB.
 _BATCH_TOKENS = 1024
 RULES: tuple[RuleName, ...] = ("zeros", "top-k", "fat", "cett")
@@ -140,7 +142,7 @@ class Probe:
             raise CalibrationError("the sparse model's loss is not finite: check its weights and the text")
         return Run(ratio, tuple(kept))
 
-    def knob(self, rule: RuleName) -> Callable[[float], tuple[Hashable, Callable[[], list[NeuronRule]]]]:
+    def knob(self, rule: RuleName) -> Callable[[float], Setting]:
         """What a rule's one number in 0 … 1 (0 dense, 1 sparsest) stands for: its state, and what makes its rules.
 
         `cett`: c. `top-k`: share dropped. `fat`: the quantile of all layers' |s| that ε is.
@@ -148,19 +150,19 @@ class Probe:
         recording = self.recording
         views = recording.views
 
-        def cett(x: float) -> tuple[Hashable, Callable[[], list[NeuronRule]]]:
+        def cett(x: float) -> Setting:
             indices = recording.indices(x)
             return indices, lambda: recording.rules(recording.epsilons(indices))
 
-        def top_k(x: float) -> tuple[Hashable, Callable[[], list[NeuronRule]]]:
+        def top_k(x: float) -> Setting:
             counts = tuple(round((1 - x) * view.neurons) for view in views)
             return counts, lambda: [top_k_rule(count) for count in counts]
 
-        def fat(x: float) -> tuple[Hashable, Callable[[], list[NeuronRule]]]:
+        def fat(x: float) -> Setting:
             epsilon = recording.gates.quantile(x)
             return epsilon, lambda: [fat_rule(epsilon)] * len(views)
 
-        def zeros(x: float) -> tuple[Hashable, Callable[[], list[NeuronRule]]]:
+        def zeros(x: float) -> Setting:
             return (), lambda: [zeros_rule()] * len(views)
 
         return {"cett": cett, "top-k": top_k, "fat": fat, "zeros": zeros}[rule]
@@ -285,85 +287,3 @@ def ppl_p_checkpoints(
     c = find_at_ppl(last, p, "cett", tolerance, progress)
     early = [Probe(model, rows, candidates, progress).measure(c) for model in models[:-tuned]]
     return early + [probe.measure(c) for probe in last]
-
-
-@dataclass(frozen=True)
-class RuleResult:
-    """One rule at the common price or ratio: its knob (see `Probe.knob`), share kept, perplexity over dense."""
-
-    rule: RuleName
-    knob: float
-    ratio: float
-    ppl_ratio: float
-    ratio_by_layer: tuple[float, ...]
-
-
-def compare_rules(
-    model: nn.Module | Probe,
-    ids: Tensor | None = None,
-    p: float = 0.01,
-    *,
-    ratio: float | None = None,
-    mask: Tensor | None = None,
-    tolerance: float = 1e-4,
-    progress: Progress = no_progress,
-) -> dict[RuleName, RuleResult]:
-    """The four rules on equal terms: at 1 + p of the dense perplexity, or, where `ratio` is given, at this share kept.
-
-    `zeros` has nothing to set: it stands as it is, dense for an activation without zeros.
-
-    Args:
-        model: the model, with `ids` and `mask` as in `ppl_p_sparsity`; or a probe of it, whose runs are then shared.
-        tolerance: width of the last interval of each rule's knob; with `ratio`, how near to it is near enough.
-
-    Raises:
-        As `ppl_p_sparsity`; InputError also for a ratio not between 0 and 1.
-    """
-    if ratio is not None and not 0 < ratio < 1:
-        raise InputError(f"a share of neurons kept is between 0 and 1, got {ratio:g}")
-    if isinstance(model, Probe):
-        probe = model
-    elif ids is None:
-        raise InputError("compare_rules needs validation tokens")
-    else:
-        probe = Probe(model, real_rows(ids, mask), progress=progress)
-    found: dict[RuleName, RuleResult] = {}
-    for index, rule in enumerate(RULES):
-        progress("comparing rules", index, len(RULES))
-        if rule == "zeros":
-            knob = 0.0
-        elif ratio is None:
-            knob = find_at_ppl([probe], p, rule, tolerance, progress)
-        else:
-            knob = find_at_ratio(probe, ratio, rule, tolerance)
-        run = probe.at(rule, knob)
-        found[rule] = RuleResult(rule, knob, run.ratio, run.ppl_ratio, run.kept)
-    return found
-
-
-def find_at_ratio(probe: Probe, ratio: float, rule: RuleName, tolerance: float = 1e-4, steps: int = 50) -> float:
-    """The knob of `rule` at which the sparse run keeps this share of the neurons, up to `tolerance`.
-
-    By false position (Illinois): the shares of most rules are nearly straight in their knobs, and every try is a forward.
-    Where a share is jumped over or out of reach (more than is nonzero), it is the knob nearest to it.
-    """
-    if rule == "top-k":
-        return 1 - ratio
-    low, high = 0.0, 1.0
-    above, below = probe.at(rule, low).ratio - ratio, probe.at(rule, high).ratio - ratio
-    if above <= 0 or below >= 0:
-        return low if above <= 0 else high
-    found, side = low, 0
-    for _ in range(steps):
-        found = (low * below - high * above) / (below - above)
-        miss = probe.at(rule, found).ratio - ratio
-        if abs(miss) < tolerance or high - low < 1e-9:
-            break
-        if miss > 0:
-            low, above = found, miss
-            below = below / 2 if side > 0 else below
-        else:
-            high, below = found, miss
-            above = above / 2 if side < 0 else above
-        side = 1 if miss > 0 else -1
-    return found

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gossamer.activations.sparsing_law_compare import compare_rules
 from gossamer.activations.sparsing_law_fits import fit_activation_law
-from gossamer.activations.sparsing_law_search import Probe, compare_rules, find_at_ppl
+from gossamer.activations.sparsing_law_search import Probe, find_at_ppl
 from gossamer.data import byte_batches, byte_corpus, split, text, token_blocks
 from gossamer.models import Plan, bits_per_byte, byte_model, load, train
 from gossamer.reproductions.base import Outcome, Progress, Reproduction
