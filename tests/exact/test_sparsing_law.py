@@ -421,7 +421,7 @@ def test_zeros_of_a_relu_cost_nothing():
 
 def test_fat_uses_one_epsilon_for_all_layers():
     probe = probe_of("silu")
-    _, make_rules = probe.knob("fat")(0.4)
+    _, make_rules = probe.setting("fat", 0.4)
     thresholds = {float(rule.threshold) for rule in make_rules()}
     assert len(thresholds) == 1
     gates = torch.cat([mlp.hidden(x)[0].flatten() for mlp, x in inputs_of("silu")]).abs()

@@ -18,7 +18,7 @@ from gossamer.errors import InputError
 
 @dataclass(frozen=True)
 class RuleResult:
-    """One rule at the common price or ratio: its knob (see `Probe.knob`), share kept, perplexity over dense."""
+    """One rule at the common price or ratio: its knob (see `Probe.setting`), share kept, perplexity over dense."""
 
     rule: RuleName
     knob: float

@@ -142,34 +142,24 @@ class Probe:
             raise CalibrationError("the sparse model's loss is not finite: check its weights and the text")
         return Run(ratio, tuple(kept))
 
-    def knob(self, rule: RuleName) -> Callable[[float], Setting]:
-        """What a rule's one number in 0 … 1 (0 dense, 1 sparsest) stands for: its state, and what makes its rules.
+    def setting(self, rule: RuleName, x: float) -> Setting:
+        """What a rule's one number in 0 … 1 (0 dense, 1 sparsest) stands for.
 
-        `cett`: c. `top-k`: share dropped. `fat`: the quantile of all layers' |s| that ε is.
+        `cett`: c. `top-k`: share dropped. `fat`: the quantile of all layers' |s| that ε is. `zeros` has no number.
         """
         recording = self.recording
-        views = recording.views
-
-        def cett(x: float) -> Setting:
+        if rule == "cett":
             indices = recording.indices(x)
             return indices, lambda: recording.rules(recording.epsilons(indices))
-
-        def top_k(x: float) -> Setting:
-            counts = tuple(round((1 - x) * view.neurons) for view in views)
+        if rule == "top-k":
+            counts = tuple(round((1 - x) * view.neurons) for view in recording.views)
             return counts, lambda: [top_k_rule(count) for count in counts]
-
-        def fat(x: float) -> Setting:
-            epsilon = recording.gates.quantile(x)
-            return epsilon, lambda: [fat_rule(epsilon)] * len(views)
-
-        def zeros(x: float) -> Setting:
-            return (), lambda: [zeros_rule()] * len(views)
-
-        return {"cett": cett, "top-k": top_k, "fat": fat, "zeros": zeros}[rule]
+        epsilon = recording.gates.quantile(x) if rule == "fat" else 0.0
+        return epsilon, lambda: [fat_rule(epsilon) if rule == "fat" else zeros_rule()] * len(recording.views)
 
     def at(self, rule: RuleName, x: float) -> Run:
         """The run at a number of a rule's knob; runs that differ in nothing are done once."""
-        state, make = self.knob(rule)(x)
+        state, make = self.setting(rule, x)
         if (rule, state) not in self._runs:
             self._runs[rule, state] = self.run(make())
         return self._runs[rule, state]
