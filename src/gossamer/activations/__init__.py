@@ -11,6 +11,7 @@ from gossamer.activations import (
     neuron_baselines,
     prosparse,
     prosparse_predictor,
+    sparsing_law,
 )
 from gossamer.activations.base import ActivationHandle, ActivationMethod
 
@@ -24,4 +25,5 @@ __all__ = [
     "neuron_baselines",
     "prosparse",
     "prosparse_predictor",
+    "sparsing_law",
 ]

@@ -31,6 +31,8 @@ class Meter:
         self._known = [[0] * 4, [0] * 4]
         self._device = torch.zeros(2, 4, dtype=torch.int64, device=device)
         self._scratch: dict[int, Tensor] = {}
+        #: Gets every mask that is counted, bool ``[tokens, size]``; masks are made for blocks of more than eight rows.
+        self.watch: Callable[[Tensor], None] | None = None
 
     @property
     def totals(self) -> list[list[int]]:
@@ -61,6 +63,8 @@ class Meter:
     def count_mask(self, decoding: bool, kept: Tensor) -> None:
         """Add a call's mask ``[..., size]``. A block that stands for decode steps counts as so many calls."""
         flat = kept.detach().reshape(-1, self.size)
+        if self.watch is not None:
+            self.watch(flat)
         single = TEACHER_FORCED.get()
         row = self._known[decoding]
         row[0] += len(flat)

@@ -71,6 +71,7 @@ _MODULES = (
     "minference",
     "prosparse",
     "seerattention",
+    "sparsing_law",
     "tidaldecode",
     "tokenselect",
     "zipvl",
