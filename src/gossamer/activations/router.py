@@ -55,12 +55,12 @@ def unit_mask(units: Tensor, n: int) -> Tensor:
 
 
 def softmax_gates(scores: Tensor, units: Tensor) -> Tensor:
-    """Gates ``[..., k]`` of the chosen units: the softmax of their scores alone, in float32; differentiable.
+    """Gates ``[..., k]`` of the chosen units: the softmax of their scores alone, at least in float32; differentiable.
 
     >>> softmax_gates(torch.tensor([1.0, 1.0, 9.0]), torch.tensor([0, 1])).tolist()
     [0.5, 0.5]
     """
-    return scores.float().gather(-1, units).softmax(-1)
+    return scores.to(torch.promote_types(scores.dtype, torch.float32)).gather(-1, units).softmax(-1)
 
 
 def spread(values: Tensor, units: Tensor, n: int) -> Tensor:
@@ -114,7 +114,7 @@ def group_by_unit(units: Tensor, n: int) -> tuple[Tensor, list[int]]:
 
     Returns:
         ``order`` int64 ``[tokens · k]``: places in ``units.flatten()`` sorted by unit, tokens of one unit in their order, so
-        that ``order // k`` are the tokens and ``gates.flatten()[order]`` their gates; and how many each unit has.
+        that ``order // k`` are the tokens and ``gates.flatten()[order]`` their gates; and how many choices each unit got.
 
     >>> order, counts = group_by_unit(torch.tensor([[1, 0], [1, 2]]), 4)
     >>> (order // 2).tolist(), counts
