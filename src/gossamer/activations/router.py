@@ -83,7 +83,7 @@ def load_shares(units: Tensor, n: int) -> Tensor:
 
 
 def balance_loss(probabilities: Tensor, units: Tensor, shared: int = 0) -> Tensor:
-    """(n − shared) · Σ_{i ≥ shared} f_i · p_i, a float32 scalar, without a coefficient.
+    """(n − shared) · Σ_{i ≥ shared} f_i · p_i, a scalar of at least float32, without a coefficient.
 
     Args:
         probabilities: ``[..., n]`` that the router gave to all units, chosen or not; gradients flow here.
@@ -101,7 +101,7 @@ def balance_loss(probabilities: Tensor, units: Tensor, shared: int = 0) -> Tenso
             f"probabilities {tuple(probabilities.shape)} and units {tuple(units.shape)} are not of the same tokens"
         )
     n = probabilities.shape[-1]
-    mean = probabilities.float().reshape(-1, n).mean(0)
+    mean = probabilities.to(torch.promote_types(probabilities.dtype, torch.float32)).reshape(-1, n).mean(0)
     return (n - shared) * (load_shares(units, n) * mean)[shared:].sum()
 
 
