@@ -102,6 +102,8 @@ class Method(BaseModel):
     baseline: ClassVar[bool] = False
     #: The setting that takes a budget as a share of what dense attention spends, if it is not called `tokens`.
     budget_setting: ClassVar[str] = ""
+    #: Whether `compare` can measure it on a model as it is: attached, and fed known tokens.
+    comparable: ClassVar[bool] = True
     #: What `attach` or `apply` requires, as data: "calibration", "training", "gradients", "draft-model", …
     needs: ClassVar[frozenset[str]] = frozenset()
 
@@ -166,7 +168,7 @@ class Handle:
 M = TypeVar("M", bound=type[Method])
 _METHODS: dict[str, type[Method]] = {}
 #: Modules that register the methods of this package, one family a line. Nothing is found by walking folders.
-_BUILT_IN: tuple[str, ...] = ("gossamer.activations", "gossamer.attention", "gossamer.cache", "gossamer.weights")
+_BUILT_IN: tuple[str, ...] = ("gossamer.attention", "gossamer.cache", "gossamer.activations", "gossamer.weights")
 _loaded: set[str] = set()
 
 

@@ -4,5 +4,6 @@ Importing this package registers them; a new one is a file here and a line below
 """
 
 from gossamer.activations import moe_x
+from gossamer.activations.base import ActivationHandle, ActivationMethod
 
-__all__ = ["moe_x"]
+__all__ = ["ActivationHandle", "ActivationMethod", "moe_x"]
