@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from gossamer.activations.moe_x_layer import Activation, MoEXLayer, Router
 from gossamer.activations.moe_x_models import CLASSES, decoder_blocks
 from gossamer.errors import InputError, ModelError
+from gossamer.hf.mlp_views import by_input, mlp_views
 from gossamer.registry import Method, register
 
 
@@ -49,22 +50,28 @@ class DenseMLP(NamedTuple):
 
 
 def dense_mlp(mlp: nn.Module) -> DenseMLP:
-    """The matrices of a plain (GPT-2) or gated (Llama) MLP; of a gated one the gate stands for the encoder.
+    """The matrices of any MLP that `gossamer.hf` knows; of a gated one the gate stands for the encoder.
 
     Raises:
-        ModelError: another kind of MLP, or weights that are not finite.
+        ModelError: the module is no such MLP, or its weights are not finite.
     """
-    part: Any = mlp
-    if hasattr(mlp, "c_fc") and hasattr(mlp, "c_proj"):  # Conv1D: weights are [in, out]
-        read = DenseMLP(part.c_fc.weight.T, part.c_fc.bias, part.c_proj.weight, part.c_proj.bias)
-    elif hasattr(mlp, "gate_proj") and hasattr(mlp, "down_proj"):
-        read = DenseMLP(part.gate_proj.weight, part.gate_proj.bias, part.down_proj.weight.T, part.down_proj.bias)
-    else:
-        raise ModelError(f"moe-x up-cycles MLPs of GPT-2's and Llama's form; {type(mlp).__name__} is neither")
+    view = mlp_views(mlp)[0]
+    if view.owner is not mlp:
+        raise ModelError(f"moe-x up-cycles one MLP at a time; {type(mlp).__name__} holds one as {view.name}")
+    into, out = view.gate, view.down
+    read = DenseMLP(
+        by_input(into).T[: view.neurons], _bias(into, view.neurons), by_input(out), _bias(out, view.channels)
+    )
     for tensor in read:
         if tensor is not None and not bool(tensor.isfinite().all()):
             raise ModelError(f"moe-x cannot up-cycle this {type(mlp).__name__}: its weights are not finite")
     return read
+
+
+def _bias(matrix: nn.Module, count: int) -> Tensor | None:
+    """Its first `count` entries (a fused matrix has the gate's first), or None."""
+    bias = getattr(matrix, "bias", None)
+    return None if bias is None else cast(Tensor, bias).detach()[:count]
 
 
 @torch.no_grad()
@@ -81,14 +88,14 @@ def upcycle(
     """A layer whose experts are slices or copies of a dense MLP, ready to be trained on.
 
     Args:
-        mlp: of GPT-2's or Llama's form; untouched.
+        mlp: plain or gated, of any family that `gossamer.hf` knows; untouched.
         d_expert: D (default H // k: as many active units as before).
         noise: standard deviation of what is added to encoders whose units are used twice, over the encoder's own.
         seed: of the noise and of fresh router weights.
         settings: further settings of `MoEXLayer`.
 
     Raises:
-        ModelError: another kind of MLP, or weights that are not finite.
+        ModelError: no such MLP, or weights that are not finite.
         InputError: impossible sizes, or noise below 0.
     """
     dense = dense_mlp(mlp)
@@ -158,13 +165,13 @@ class MoEX(Method):
         """A new model with experts, on the same device and in the same dtype; `model` is untouched.
 
         Raises:
-            ModelError: not a GPT-2 or Llama model, its MLPs are not of the usual form, or their weights are not finite.
+            ModelError: a model of another family, or weights of its MLPs that are not finite.
         """
         config = getattr(model, "config", None)
         kind = CLASSES.get(getattr(config, "model_type", ""))
         if kind is None or config is None:
             got = getattr(config, "model_type", type(model).__name__)
-            raise ModelError(f"moe-x makes experts of the MLPs of {' and '.join(CLASSES)} models; this is {got}")
+            raise ModelError(f"moe-x makes experts of the MLPs of {', '.join(CLASSES)} models; this is {got}")
         blocks = decoder_blocks(model)
         dense = dense_mlp(blocks[0].mlp)
         d_expert = max(1, len(dense.encoder) // self.k) if self.d_expert is None else self.d_expert

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from gossamer.activations.router import balance_loss, group_by_unit, softmax_gates, spread, top_units
 from gossamer.errors import InputError
+from gossamer.ops import channel_sparse_linear
+from gossamer.ops.linear import DTYPES, MAX_ROWS, few_rows, takes
 
 Router = Literal["sparsity", "linear"]
 Activation = Literal["relu", "gelu"]
@@ -233,7 +235,7 @@ class MoEXLayer(nn.Module):
             """From the order of experts to ``[tokens, k, width]``."""
             return torch.cat(rows)[back].view(len(flat), self.k, rows[0].shape[-1])
 
-        each = choices([hidden @ self.decoder[j] for j, hidden in parts])
+        each = choices([self._decode(j, hidden) for j, hidden in parts])
         y = (gates.to(each.dtype).unsqueeze(-1) * each).sum(1)
         if self.output_bias is not None:
             y = y + self.output_bias
@@ -264,9 +266,21 @@ class MoEXLayer(nn.Module):
         parts = []
         for j, part in enumerate(tokens.split(counts)):
             if len(part) or (j == 0 and not len(tokens)):
-                hidden = F.linear(part, self.encoder[j], None if self.encoder_bias is None else self.encoder_bias[j])
+                weight, bias = self.encoder[j], None if self.encoder_bias is None else self.encoder_bias[j]
+                if 0 < len(part) <= MAX_ROWS and takes(part, weight, bias):
+                    hidden = few_rows(part, weight, bias, len(part), (len(part), self.d_expert))
+                else:
+                    hidden = F.linear(part, weight, bias)
                 parts.append((j, F.relu(hidden) if self.activation == "relu" else F.gelu(hidden, approximate="tanh")))
         return parts
+
+    def _decode(self, j: int, hidden: Tensor) -> Tensor:
+        """``[count, d]``; at the few rows of a decode step only the rows of units that fire are read."""
+        weight = self.decoder[j]
+        few = 0 < len(hidden) <= MAX_ROWS and self.activation == "relu" and not torch.is_grad_enabled()
+        if few and hidden.dtype in DTYPES and hidden.dtype is weight.dtype and not torch.compiler.is_compiling():
+            return channel_sparse_linear(hidden, weight)
+        return hidden @ weight
 
 
 def _wide(tensor: Tensor) -> Tensor:

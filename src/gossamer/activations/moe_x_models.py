@@ -21,6 +21,12 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from gossamer.activations.moe_x_layer import MoEXLayer
@@ -74,6 +80,24 @@ class MoEXLlamaConfig(ExpertSettings, LlamaConfig):  # type: ignore[misc]
     """
 
     model_type = "moe_x_llama"
+
+
+class MoEXMistralConfig(ExpertSettings, MistralConfig):  # type: ignore[misc]
+    """Mistral's configuration with experts; they are not gated."""
+
+    model_type = "moe_x_mistral"
+
+
+class MoEXQwen2Config(ExpertSettings, Qwen2Config):  # type: ignore[misc]
+    """Qwen2's configuration with experts; they are not gated."""
+
+    model_type = "moe_x_qwen2"
+
+
+class MoEXQwen3Config(ExpertSettings, Qwen3Config):  # type: ignore[misc]
+    """Qwen3's configuration with experts; they are not gated."""
+
+    model_type = "moe_x_qwen3"
 
 
 def decoder_blocks(model: Any) -> list[Any]:
@@ -138,6 +162,27 @@ class MoEXLlamaForCausalLM(_WithExperts, LlamaForCausalLM):  # type: ignore[misc
     forward = _with_router_loss(LlamaForCausalLM.forward)
 
 
+class MoEXMistralForCausalLM(_WithExperts, MistralForCausalLM):  # type: ignore[misc]
+    """Mistral with MoE-X layers instead of its gated MLPs."""
+
+    config_class = MoEXMistralConfig
+    forward = _with_router_loss(MistralForCausalLM.forward)
+
+
+class MoEXQwen2ForCausalLM(_WithExperts, Qwen2ForCausalLM):  # type: ignore[misc]
+    """Qwen2 with MoE-X layers instead of its gated MLPs."""
+
+    config_class = MoEXQwen2Config
+    forward = _with_router_loss(Qwen2ForCausalLM.forward)
+
+
+class MoEXQwen3ForCausalLM(_WithExperts, Qwen3ForCausalLM):  # type: ignore[misc]
+    """Qwen3 with MoE-X layers instead of its gated MLPs."""
+
+    config_class = MoEXQwen3Config
+    forward = _with_router_loss(Qwen3ForCausalLM.forward)
+
+
 class Classes(NamedTuple):
     """The configuration and model class with experts of a dense model type."""
 
@@ -149,6 +194,9 @@ class Classes(NamedTuple):
 CLASSES = {
     "gpt2": Classes(MoEXConfig, MoEXForCausalLM),
     "llama": Classes(MoEXLlamaConfig, MoEXLlamaForCausalLM),
+    "mistral": Classes(MoEXMistralConfig, MoEXMistralForCausalLM),
+    "qwen2": Classes(MoEXQwen2Config, MoEXQwen2ForCausalLM),
+    "qwen3": Classes(MoEXQwen3Config, MoEXQwen3ForCausalLM),
 }
 for _classes in CLASSES.values():
     AutoConfig.register(_classes.config.model_type, _classes.config, exist_ok=True)
