@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any, Literal, NamedTuple, Self, cast
+from typing import Any, ClassVar, Literal, NamedTuple, Self, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -140,6 +140,8 @@ class MoEX(Method):
     >>> model.config.model_type, model.config.d_expert
     ('moe_x', 64)
     """
+
+    comparable: ClassVar[bool] = False  # it is a model to be trained, no way to run one
 
     n_experts: int = Field(8, ge=1, description="M, experts of a layer")
     d_expert: int | None = Field(None, ge=1, description="D, units of an expert (default: the dense MLP's over k)")
