@@ -70,6 +70,7 @@ _MODULES = (
     "lazy_neuron",
     "minference",
     "prosparse",
+    "moe_x",
     "seerattention",
     "sparsing_law",
     "tidaldecode",
