@@ -166,7 +166,7 @@ class Handle:
 M = TypeVar("M", bound=type[Method])
 _METHODS: dict[str, type[Method]] = {}
 #: Modules that register the methods of this package, one family a line. Nothing is found by walking folders.
-_BUILT_IN: tuple[str, ...] = ("gossamer.attention", "gossamer.cache", "gossamer.weights")
+_BUILT_IN: tuple[str, ...] = ("gossamer.attention", "gossamer.cache", "gossamer.activations", "gossamer.weights")
 _loaded: set[str] = set()
 
 
