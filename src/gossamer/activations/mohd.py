@@ -21,6 +21,7 @@ The paper's full text was not at hand. What follows its abstract and a public re
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -39,8 +40,9 @@ from gossamer.activations.mohd_layers import (
     write_active,
 )
 from gossamer.activations.mohd_model import MoHDConfig, MoHDCost, MoHDForCausalLM, costs
+from gossamer.calibration import Calibration
 from gossamer.errors import InputError, ModelError
-from gossamer.registry import Method, register
+from gossamer.registry import Handle, Method, register
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
@@ -155,6 +157,25 @@ class MoHD(Method):
             state[name] = tensor / times if name == "model.norm.weight" else tensor  # the head sums over the copies
         return self._build(llama, config, state, seed)
 
+    def attach(self, model: nn.Module, calibration: Calibration | None = None) -> Handle:
+        """Lay a MoHD model's weights out for decode: those of reads by input channels, so that a group lies in one piece.
+
+        Values stay as they are, and no second copy is kept; detaching restores the layout. The model runs without it too,
+        but a step then reads each active group in short pieces.
+
+        Raises:
+            ModelError: it is no MoHD model.
+        """
+        if not isinstance(model, MoHDForCausalLM):
+            raise ModelError(f"mohd runs on a model that apply or expand made, not on {type(model).__name__}")
+        handle, cost = Handle(), costs(model)
+        for module in model.modules():
+            if isinstance(module, MoHDLinear) and module.side == "in":
+                module.weight.data = module.weight.data.t().contiguous().t()
+                handle.undo.append(partial(_by_outputs, module))
+        handle.reports.append(lambda: {"active_parameters": cost.active / cost.parameters})
+        return handle
+
     def _build(self, llama: Any, config: MoHDConfig, state: dict[str, Tensor], seed: int) -> MoHDForCausalLM:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -163,6 +184,10 @@ class MoHD(Method):
         made.to(device=llama.device, dtype=llama.dtype).train(llama.training)
         made.generation_config = llama.generation_config
         return made
+
+
+def _by_outputs(module: nn.Linear) -> None:
+    module.weight.data = module.weight.data.contiguous()
 
 
 def _llama(model: nn.Module) -> Any:

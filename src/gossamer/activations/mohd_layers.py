@@ -126,7 +126,11 @@ class Routing:
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
-    return linear(x, weight) if len(x) <= MAX_ROWS else F.linear(x, weight)
+    if len(x) > MAX_ROWS:
+        return F.linear(x, weight)
+    if len(x) == 1 and weight.stride(0) == 1:  # laid out by input channels: the active ones lie together
+        return torch.mv(weight, x[0]).unsqueeze(0)
+    return linear(x, weight)
 
 
 def read_active(x: Tensor, routing: Routing, weight: Tensor, bias: Tensor | None = None) -> Tensor:
