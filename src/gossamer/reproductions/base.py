@@ -65,6 +65,7 @@ _MODULES = (
     "ems",
     "hip_attention",
     "minference",
+    "mohd",
     "seerattention",
     "tidaldecode",
     "tokenselect",
