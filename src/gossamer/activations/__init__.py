@@ -1,5 +1,9 @@
-"""Methods that skip neurons and channels."""
+"""Methods that skip neurons and channels.
+
+Importing this package registers them; a new one is a file here and a line below.
+"""
 
 from gossamer.activations import mohd
+from gossamer.activations.base import ActivationHandle, ActivationMethod
 
-__all__ = ["mohd"]
+__all__ = ["ActivationHandle", "ActivationMethod", "mohd"]

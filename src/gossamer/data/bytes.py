@@ -1,8 +1,8 @@
 """Text as bytes, for small language models that are trained here: a vocabulary of 256 and no tokenizer.
 
-    from gossamer.data import byte_batches, byte_corpus
-    train, held_out = byte_corpus(2_000_000)
-    for batch in byte_batches(train, batch=16, context=96, steps=1000, seed=0): ...
+from gossamer.data import byte_batches, byte_corpus
+train, held_out = byte_corpus(2_000_000)
+for batch in byte_batches(train, batch=16, context=96, steps=1000, seed=0): ...
 """
 
 from __future__ import annotations

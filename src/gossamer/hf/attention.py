@@ -27,7 +27,7 @@ from transformers.masking_utils import flash_attention_mask, sdpa_mask
 from gossamer import ops
 from gossamer.errors import InputError, ModelError
 from gossamer.hf.cache import PARTS, Derived, KVLayer, adopt
-from gossamer.hf.policy import CachePolicy, DecodePolicy, PrefillPolicy, StoragePolicy
+from gossamer.hf.policy import TEACHER_FORCED, CachePolicy, DecodePolicy, PrefillPolicy, StoragePolicy
 from gossamer.hf.quantized import QuantizedKVLayer
 from gossamer.hf.views import attention_views, base_model, model_shape
 
@@ -325,10 +325,12 @@ class AttentionRuntime:
     def teacher_forcing(self) -> Iterator[None]:
         """Inside, blocks of new tokens are decoded query by query, each selecting for itself."""
         previous, self.teacher_forced = self.teacher_forced, True
+        token = TEACHER_FORCED.set(True)
         try:
             yield
         finally:
             self.teacher_forced = previous
+            TEACHER_FORCED.reset(token)
 
     @contextmanager
     def recording(self) -> Iterator[list[tuple[int, int, Tensor, Tensor]]]:

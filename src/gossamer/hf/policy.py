@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     from gossamer.hf.attention import AttentionRuntime, LayerView
     from gossamer.hf.cache import KVLayer
     from gossamer.hf.views import ModelShape
+
+
+#: Whether blocks of tokens stand for decode steps, for parts of a model that have no `AttentionRuntime` to ask.
+TEACHER_FORCED: ContextVar[bool] = ContextVar("TEACHER_FORCED", default=False)
 
 
 class Policy:

@@ -28,6 +28,8 @@ from gossamer.registry import Method, catalogue, make
 
 #: Blocks and block length of the calibration that `compare` makes when none is given.
 CALIBRATION_BLOCKS, CALIBRATION_BLOCK = 16, 512
+#: Slots whose methods change what a prompt leaves in the cache, so that it can't be shared with the dense model.
+CHANGES_PROMPTS = frozenset({"weights", "activations"})
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,8 @@ class _Run:
                 with self._attached(m) as handle:
                     runtime, cache = handle.runtime, shared
                     watches = runtime.decode is not None and runtime.decode.watches_prompt
-                    own = runtime.prefill is not None or runtime.cache is not None or watches
+                    changed = any(step.method.slot in CHANGES_PROMPTS for step in m.entry.recipe.steps)
+                    own = runtime.prefill is not None or runtime.cache is not None or watches or changed
                     if own or cache is None:
                         chunk = len(segment.context) if own else 4096  # a sparse prefill sees the whole prompt
                         start = time.perf_counter()
@@ -224,6 +227,7 @@ class _Run:
                     if kind == "text":
                         m.scores.append(scores)
                         m.count(runtime, cache)
+                        m.count_neurons(handle.report())
                         if trace:
                             m.selection = picture_of(trace, runtime.shape.layers)
                     else:

@@ -1,7 +1,7 @@
 """Training small models in minutes: one loop for every method that trains, with its penalties and its curve.
 
-    model = byte_model("llama", hidden_size=96, intermediate_size=256, num_hidden_layers=3)
-    training = train(model, byte_batches(data, 16, 96, 2000, seed=0), Plan(steps=2000, lr=1e-3))
+model = byte_model("llama", hidden_size=96, intermediate_size=256, num_hidden_layers=3)
+training = train(model, byte_batches(data, 16, 96, 2000, seed=0), Plan(steps=2000, lr=1e-3))
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Plan:
         """Learning rate of step 0, 1, …
 
         >>> [round(Plan(steps=100, lr=1.0, warmup=10).rate(s), 3) for s in (0, 9, 10, 55, 99)]
-        [0.1, 1.0, 1.0, 0.55, 0.1]
+        [0.1, 1.0, 1.0, 0.542, 0.1]
         """
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup

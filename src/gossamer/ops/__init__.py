@@ -4,6 +4,7 @@ faster kernels."""
 from gossamer.ops._dispatch import available_backends, available_isas, runs_natively, set_isa, use_backend
 from gossamer.ops.attention_weights import attention_weights
 from gossamer.ops.block_sparse_attention import block_sparse_attention
+from gossamer.ops.channel_sparse_linear import channel_sparse_linear
 from gossamer.ops.compact_rows import compact_rows
 from gossamer.ops.decode_attention import decode_attention, merge_attention
 from gossamer.ops.key_scores import key_scores
@@ -16,6 +17,7 @@ from gossamer.ops.pooled_attention import pooled_attention
 from gossamer.ops.prepared import Prepared, PreparedAttention, PreparedLabelAttention, PreparedQuantizedAttention
 from gossamer.ops.quantized_kv import QuantizedRows, dequantize_rows, quantize_rows, quantized_decode_attention
 from gossamer.ops.select_topk import select_topk
+from gossamer.ops.sparse_mlp import NeuronWeights, sparse_mlp
 from gossamer.ops.tree_search import tree_search
 from gossamer.ops.vertical_slash_attention import (
     VerticalSlashIndex,
@@ -25,6 +27,7 @@ from gossamer.ops.vertical_slash_attention import (
 
 __all__ = [
     "LabelCache",
+    "NeuronWeights",
     "Prepared",
     "PreparedAttention",
     "PreparedLabelAttention",
@@ -38,6 +41,7 @@ __all__ = [
     "available_isas",
     "best_match",
     "block_sparse_attention",
+    "channel_sparse_linear",
     "compact_rows",
     "decode_attention",
     "dequantize_rows",
@@ -53,6 +57,7 @@ __all__ = [
     "runs_natively",
     "select_topk",
     "set_isa",
+    "sparse_mlp",
     "tree_search",
     "use_backend",
     "vertical_slash_attention",
