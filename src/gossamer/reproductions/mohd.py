@@ -25,7 +25,7 @@ from gossamer.data import byte_batches, byte_corpus, split, text, token_blocks
 from gossamer.models import Plan, bits_per_byte, byte_model, load, train
 from gossamer.reproductions.base import Outcome, Progress, Reproduction
 
-SEEDS, STEPS, BATCH, CONTEXT, SIZE = (0, 1, 2), 700, 8, 128, 5_000_000
+SEEDS, STEPS, BATCH, CONTEXT, SIZE = (0, 1, 2), 500, 8, 128, 5_000_000
 PLAN = Plan(STEPS, lr=2e-3)
 TOKENS = 512  # of prose, for the observation
 THRESHOLDS = {"below_narrow": 0.01, "energy": 0.95, "magnitude": 0.82}
