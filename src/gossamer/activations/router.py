@@ -55,12 +55,12 @@ def unit_mask(units: Tensor, n: int) -> Tensor:
 
 
 def softmax_gates(scores: Tensor, units: Tensor) -> Tensor:
-    """Gates ``[..., k]`` of the chosen units: the softmax of their scores alone, in float32; differentiable.
+    """Gates ``[..., k]`` of the chosen units: the softmax of their scores alone, at least in float32; differentiable.
 
     >>> softmax_gates(torch.tensor([1.0, 1.0, 9.0]), torch.tensor([0, 1])).tolist()
     [0.5, 0.5]
     """
-    return scores.float().gather(-1, units).softmax(-1)
+    return scores.to(torch.promote_types(scores.dtype, torch.float32)).gather(-1, units).softmax(-1)
 
 
 def spread(values: Tensor, units: Tensor, n: int) -> Tensor:
@@ -83,7 +83,7 @@ def load_shares(units: Tensor, n: int) -> Tensor:
 
 
 def balance_loss(probabilities: Tensor, units: Tensor, shared: int = 0) -> Tensor:
-    """(n − shared) · Σ_{i ≥ shared} f_i · p_i, a float32 scalar, without a coefficient.
+    """(n − shared) · Σ_{i ≥ shared} f_i · p_i, a scalar of at least float32, without a coefficient.
 
     Args:
         probabilities: ``[..., n]`` that the router gave to all units, chosen or not; gradients flow here.
@@ -101,7 +101,7 @@ def balance_loss(probabilities: Tensor, units: Tensor, shared: int = 0) -> Tenso
             f"probabilities {tuple(probabilities.shape)} and units {tuple(units.shape)} are not of the same tokens"
         )
     n = probabilities.shape[-1]
-    mean = probabilities.float().reshape(-1, n).mean(0)
+    mean = probabilities.to(torch.promote_types(probabilities.dtype, torch.float32)).reshape(-1, n).mean(0)
     return (n - shared) * (load_shares(units, n) * mean)[shared:].sum()
 
 
@@ -114,7 +114,7 @@ def group_by_unit(units: Tensor, n: int) -> tuple[Tensor, list[int]]:
 
     Returns:
         ``order`` int64 ``[tokens · k]``: places in ``units.flatten()`` sorted by unit, tokens of one unit in their order, so
-        that ``order // k`` are the tokens and ``gates.flatten()[order]`` their gates; and how many each unit has.
+        that ``order // k`` are the tokens and ``gates.flatten()[order]`` their gates; and how many choices each unit got.
 
     >>> order, counts = group_by_unit(torch.tensor([[1, 0], [1, 2]]), 4)
     >>> (order // 2).tolist(), counts

@@ -65,6 +65,7 @@ _MODULES = (
     "ems",
     "hip_attention",
     "minference",
+    "moe_x",
     "mohd",
     "seerattention",
     "tidaldecode",
