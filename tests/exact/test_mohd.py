@@ -32,8 +32,9 @@ from gossamer.activations.router import top_units
 from gossamer.attention.quest import Quest
 from gossamer.data import byte_batches
 from gossamer.errors import InputError, ModelError
-from gossamer.hf import AttentionRuntime, attention_views
+from gossamer.hf import AttentionRuntime, FixedRules, MLPRuntime, attention_views
 from gossamer.models import Plan, byte_model, tiny_model, train
+from gossamer.patterns import NeuronRule
 from gossamer.registry import make
 
 WIDTH, GROUPS = 64, 16
@@ -312,7 +313,7 @@ def test_balance_at_even_use_and_at_collapse():
     even_use = router.take_balance()
     assert routing.units[:, 2:].sort(-1).values.tolist() == pairs.tolist()
     # n_r·Σ_spec p at even use
-    assert even_use.item() == pytest.approx(2 * float(scores[:, 2:].mean(0).sum()), rel=1e-5)
+    assert even_use.item() == pytest.approx(2 * scores[:, 2:].mean(0).sum().item(), rel=1e-5)
     assert even_use.item() == pytest.approx(balance_of(routing.units, scores, 2), rel=1e-5)
     collapsed = evenly[:1].expand(3, -1)
     routing = router(collapsed)
@@ -358,6 +359,18 @@ def test_all_groups_at_even_scores_are_the_llama(reading, fusion, tied):
             assert wide.config.head_dim == 16
             torch.testing.assert_close(wide(ids(2, 20)).logits, want, atol=1e-4, rtol=1e-4)
     assert all(torch.equal(before[name], tensor) for name, tensor in llama.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+@pytest.mark.parametrize("reading", ["residual", "neurons"])
+def test_other_families_of_the_same_form(family, reading):
+    model = tiny_model(family)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
+    with torch.no_grad():
+        made = even(MoHD(active=1.0, reading=reading).apply(model))
+        torch.testing.assert_close(made(ids(2, 20)).logits, model(ids(2, 20)).logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("reading", ["residual", "neurons"])
@@ -535,6 +548,28 @@ def test_attention_methods_run_on_it():
         assert torch.equal(model(ids(2, 40)).logits, want)
 
 
+@pytest.mark.parametrize("mode", ["mask", "auto"])
+def test_methods_for_neurons_run_inside_its_mlps(mode):
+    """What a neuron rule drops is dropped behind the routed gate; the routed maps stay routed."""
+    model = mixed(MoHD().apply(tiny_model("llama")))
+    mlp, x = model.model.layers[0].mlp, normal(1, 1, WIDTH)
+    with torch.no_grad():
+        want = model(ids(2, 9)).logits
+        routing = mlp.router(x)
+        gate = F.silu(mlp.gate_proj(x, routing))
+        product = torch.where(gate.abs() > 0.1, gate * mlp.up_proj(x, routing), 0.0)
+        for threshold in (0.0, 0.1):
+            runtime = MLPRuntime(model, FixedRules([NeuronRule(threshold=torch.tensor(threshold))] * 2), mode)
+            if threshold:
+                torch.testing.assert_close(mlp(x), mlp.down_proj(product, routing), atol=1e-5, rtol=1e-5)
+            else:
+                torch.testing.assert_close(model(ids(2, 9)).logits, want, atol=1e-4, rtol=1e-4)
+            runtime.detach()
+        assert torch.equal(model(ids(2, 9)).logits, want)
+    with pytest.raises(ModelError, match="MLP"):
+        MLPRuntime(MoHD(reading="neurons").apply(tiny_model("llama")), FixedRules([None, None]))
+
+
 def test_projections_outside_a_forward_route_what_they_are_given():
     """Methods guess a layer's query from another layer's state."""
     model = MoHD().apply(tiny_model("llama"))
@@ -603,6 +638,7 @@ def test_models_that_cannot_be_made_are_refused():
         (ModelError, "LlamaForCausalLM", lambda: MoHD().apply(tiny_model("gpt2"))),
         (ModelError, "LlamaForCausalLM", lambda: MoHD().apply(nn.Linear(2, 2))),
         (ModelError, "LlamaForCausalLM", lambda: MoHD().apply(MoHD().apply(tiny_model("llama")))),
+        (ModelError, "window", lambda: MoHD().apply(tiny_model("mistral", sliding_window=8))),
         (ModelError, "up_proj", lambda: MoHD().apply(broken)),
         (ModelError, "apply or expand", lambda: MoHD().attach(tiny_model("llama"))),
         (InputError, "groups=24", lambda: MoHD(groups=24).apply(tiny_model("llama"))),

@@ -21,8 +21,8 @@ The paper's full text was not at hand. What follows its abstract and a public re
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, cast
+import dataclasses
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -42,10 +42,11 @@ from gossamer.activations.mohd_layers import (
 from gossamer.activations.mohd_model import MoHDConfig, MoHDCost, MoHDForCausalLM, costs
 from gossamer.calibration import Calibration
 from gossamer.errors import InputError, ModelError
+from gossamer.hf.channels import lay_by_input
 from gossamer.registry import Handle, Method, register
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig
+    from transformers import PreTrainedConfig
 
 __all__ = [
     "BlockFusion",
@@ -65,6 +66,8 @@ __all__ = [
     "write_active",
 ]
 
+#: Models of Llama's form.
+_SERVED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 #: Which side of a projection lies on the residual stream, by the end of its parameters' names.
 _READS = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")
 _WRITES = ("o_proj.weight", "down_proj.weight", "o_proj.bias", "down_proj.bias")
@@ -72,7 +75,7 @@ _WRITES = ("o_proj.weight", "down_proj.weight", "o_proj.bias", "down_proj.bias")
 
 @register("mohd", slot="activations", family="activations", needs=["training"])
 class MoHD(Method):
-    """Makes a model of routed hidden dimensions from a Llama, to be trained: a wider stream at near constant active cost.
+    """Makes a model of routed hidden dimensions from a Llama, Mistral or Qwen2, to be trained: wider at near constant cost.
 
     Use it to train a language model whose residual width you would like larger than you can pay for. `apply` keeps a
     model's width and routes it, `expand` widens the stream first; both return a new model in transformers' own form,
@@ -86,6 +89,8 @@ class MoHD(Method):
     >>> costs(model).routed_active / costs(model).routed
     0.5
     """
+
+    comparable: ClassVar[bool] = False  # it makes a model that must be trained first
 
     groups: int = Field(16, ge=1, description="N, groups that the width is cut into (paper's best: 16)")
     active: float = Field(0.5, gt=0, le=1, description="δ, share of the groups that a token uses")
@@ -102,13 +107,16 @@ class MoHD(Method):
         group_counts(self.groups, self.active, self.shared)
         return self
 
-    def config(self, base: LlamaConfig, **changes: Any) -> MoHDConfig:
-        """A Llama's configuration with these settings; `changes` are further fields.
+    def config(self, base: PreTrainedConfig, **changes: Any) -> MoHDConfig:
+        """A Llama's (or Mistral's, Qwen2's) configuration with these settings; `changes` are further fields.
 
         Raises:
             InputError: the routed width is no multiple of the groups.
         """
-        fields = {k: v for k, v in base.to_dict().items() if k not in ("model_type", "architectures")}
+        known = {field.name for field in dataclasses.fields(MoHDConfig)} - {"architectures"}
+        fields = {name: value for name, value in base.to_dict().items() if name in known}
+        if base.model_type == "qwen2":
+            fields["attention_bias"] = True  # of q, k and v; o's stays 0
         fields |= self.model_dump(exclude={"balance"}) | {"balance_weight": self.balance} | changes
         width = fields["hidden_size" if self.reading == "residual" else "intermediate_size"]
         if width % self.groups:
@@ -116,7 +124,7 @@ class MoHD(Method):
         return MoHDConfig(**fields)
 
     def apply(self, model: nn.Module, seed: int = 0) -> MoHDForCausalLM:
-        """A new model of the same width with the Llama's weights, fresh routers and identity fusions; `model` is left alone.
+        """A new model of the same width with a Llama's weights, fresh routers and identity fusions; `model` is left alone.
 
         With active=1 and even scores it computes what `model` does; else it must be trained.
 
@@ -124,7 +132,7 @@ class MoHD(Method):
             seed: of the routers.
 
         Raises:
-            ModelError: it is no Llama, or its weights are not finite.
+            ModelError: it is not of Llama's form, or its weights are not finite.
             InputError: its width is no multiple of the groups.
         """
         llama = _llama(model)
@@ -171,8 +179,7 @@ class MoHD(Method):
         handle, cost = Handle(), costs(model)
         for module in model.modules():
             if isinstance(module, MoHDLinear) and module.side == "in":
-                module.weight.data = module.weight.data.t().contiguous().t()
-                handle.undo.append(partial(_by_outputs, module))
+                handle.undo.append(lay_by_input(module))
         handle.reports.append(lambda: {"active_parameters": cost.active / cost.parameters})
         return handle
 
@@ -186,15 +193,12 @@ class MoHD(Method):
         return made
 
 
-def _by_outputs(module: nn.Linear) -> None:
-    module.weight.data = module.weight.data.contiguous()
-
-
 def _llama(model: nn.Module) -> Any:
-    from transformers import LlamaForCausalLM
-
-    if type(model) is not LlamaForCausalLM:
-        raise ModelError(f"mohd is made from a LlamaForCausalLM, not from {type(model).__name__}")
+    config: Any = getattr(model, "config", None)
+    window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
+    if type(model).__name__ not in _SERVED or window:
+        what = "one with a sliding window" if window else type(model).__name__
+        raise ModelError(f"mohd is made from a {', '.join(_SERVED)} without a sliding window, not from {what}")
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise ModelError(f"mohd: {name} of the model is not finite")

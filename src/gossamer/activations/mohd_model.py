@@ -28,6 +28,7 @@ from transformers import (
     LlamaModel,
     PreTrainedModel,
 )
+from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP
 from transformers.utils import can_return_tuple
 
@@ -38,7 +39,7 @@ READINGS = ("residual", "neurons")
 
 
 @strict
-class MoHDConfig(LlamaConfig):
+class MoHDConfig(LlamaConfig):  # type: ignore[misc]
     """Llama's configuration, and how its dimensions are mixed.
 
     Fields beyond Llama's: `groups` (N), `active` (δ), `shared` (φ), `scale` ("sum", "preserve", "none"), `fusion`
@@ -85,7 +86,7 @@ def _route(block: Any, names: tuple[str, ...], side: Side, fusion: Any = "none")
         setattr(block, name, MoHDLinear(old.in_features, old.out_features, block.router, side, fusion, bias))
 
 
-class MoHDAttention(LlamaAttention):
+class MoHDAttention(LlamaAttention):  # type: ignore[misc]
     """Llama's attention; its projections read and write the groups that its router chose for each token."""
 
     def __init__(self, config: MoHDConfig, layer_idx: int) -> None:
@@ -94,14 +95,14 @@ class MoHDAttention(LlamaAttention):
         _route(self, ("q_proj", "k_proj", "v_proj"), "in")
         _route(self, ("o_proj",), "out", config.fusion)
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    # Around the call rather than in forward, which methods may replace.
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As Llama's; one decision for all four projections."""
         with self.router.deciding(hidden_states):
-            out: tuple[Tensor, Tensor | None] = super().forward(hidden_states, *args, **kwargs)
-        return out
+            return super().__call__(hidden_states, *args, **kwargs)
 
 
-class MoHDMLP(LlamaMLP):
+class MoHDMLP(LlamaMLP):  # type: ignore[misc]
     """Llama's MLP between the active groups of the residual width."""
 
     def __init__(self, config: MoHDConfig) -> None:
@@ -110,22 +111,30 @@ class MoHDMLP(LlamaMLP):
         _route(self, ("gate_proj", "up_proj"), "in")
         _route(self, ("down_proj",), "out", config.fusion)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[batch, tokens, hidden]`` to the same."""
+    def __call__(self, x: Tensor) -> Any:
+        """``[batch, tokens, hidden]`` to the same; one decision for all three maps."""
         with self.router.deciding(x):
-            out: Tensor = super().forward(x)
-        return out
+            return super().__call__(x)
 
 
-class MoHDNeuronMLP(LlamaMLP):
-    """Llama's MLP with its neurons in groups, routed by the gate's output (reading "neurons")."""
+class MoHDNeuronMLP(nn.Module):
+    """A gated MLP with its neurons in groups, routed by the gate's output (reading "neurons").
+
+    It is no `LlamaMLP` and calls its activation otherwise, so that methods for those, which would pass over the routing,
+    refuse it.
+    """
 
     def __init__(self, config: MoHDConfig) -> None:
-        super().__init__(config)
+        super().__init__()
         fusion: Any = config.fusion
+        width, neurons, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.router = config.router()
-        self.fusion = make_fusion(fusion, config.intermediate_size, config.groups)
+        self.fusion = make_fusion(fusion, neurons, config.groups)
+        self.activation = ACT2FN[config.hidden_act]
         self.skips = config.fusion != "monarch"
+        self.gate_proj = nn.Linear(width, neurons, bias=bias)
+        self.up_proj = nn.Linear(width, neurons, bias=bias)
+        self.down_proj = nn.Linear(neurons, width, bias=bias)
         if self.skips:
             _route(self, ("up_proj",), "out")
             _route(self, ("down_proj",), "in")
@@ -134,20 +143,20 @@ class MoHDNeuronMLP(LlamaMLP):
         """``[batch, tokens, hidden]`` to the same."""
         h = self.gate_proj(x)
         routing = self.router(h)
-        active = self.act_fn(self.fusion(routing.apply(h)))
+        active = self.activation(self.fusion(routing.apply(h)))
         plain = (routing.plain(),) if self.skips else ()
         out: Tensor = self.down_proj(active * self.up_proj(x, *plain), *plain)
         return out
 
 
-class MoHDDecoderLayer(LlamaDecoderLayer):
+class MoHDDecoderLayer(LlamaDecoderLayer):  # type: ignore[misc]
     """Llama's layer with one or both sub-layers routed."""
 
     def __init__(self, config: MoHDConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         if config.reading == "residual":
             self.self_attn = MoHDAttention(config, layer_idx)
-            self.mlp = MoHDMLP(config)
+            self.mlp: nn.Module = MoHDMLP(config)
         else:
             self.mlp = MoHDNeuronMLP(config)
 
@@ -161,7 +170,7 @@ def _init_mixing(module: nn.Module) -> None:
         module.reset()
 
 
-class MoHDModel(LlamaModel):
+class MoHDModel(LlamaModel):  # type: ignore[misc]
     """Llama's decoder with routed layers."""
 
     config_class = MoHDConfig
@@ -177,7 +186,7 @@ class MoHDModel(LlamaModel):
         _init_mixing(module)
 
 
-class MoHDForCausalLM(LlamaForCausalLM):
+class MoHDForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
     """A causal language model whose tokens use a part of its hidden dimensions each.
 
     Saves and loads like any transformers model once `gossamer.activations` is imported.
