@@ -1,8 +1,8 @@
 """MoHD: mixture of hidden dimensions (2024 preprint arXiv 2412.05644; ICML 2025).
 
 A wide residual stream of which each token uses a part: shared groups of dimensions, and the best-scoring others by a
-router in each sub-layer, rescaled, and mixed again by a cheap structured matrix. Formulas and layers are in
-`mohd_layers`, the transformers model in `mohd_model`; here is the method that makes such a model of a Llama.
+router in each sub-layer, rescaled, and mixed again by a cheap structured matrix. Routing is in `mohd_routing`, the maps in
+`mohd_layers`, fusion in `mohd_fusion`, the transformers model in `mohd_model`; here is the method that makes such a model.
 
 The paper's full text was not at hand. What follows its abstract and a public re-implementation is in the card; decided here:
 
@@ -29,17 +29,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from gossamer.activations.mohd_fusion import BlockFusion, Fusion, MonarchFusion, monarch
-from gossamer.activations.mohd_layers import (
-    MoHDLinear,
-    Routing,
-    Scale,
-    SubDimRouter,
-    group_counts,
-    group_gains,
-    read_active,
-    write_active,
-)
+from gossamer.activations.mohd_layers import MoHDLinear, read_active, write_active
 from gossamer.activations.mohd_model import MoHDConfig, MoHDCost, MoHDForCausalLM, costs
+from gossamer.activations.mohd_routing import Routing, Scale, SubDimRouter, group_counts, group_gains
 from gossamer.calibration import Calibration
 from gossamer.errors import InputError, ModelError
 from gossamer.hf.channels import lay_by_input

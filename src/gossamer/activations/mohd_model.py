@@ -33,7 +33,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 from transformers.utils import can_return_tuple
 
 from gossamer.activations.mohd_fusion import BlockFusion, Fusion, MonarchFusion, make_fusion
-from gossamer.activations.mohd_layers import MoHDLinear, Scale, Side, SubDimRouter, group_counts
+from gossamer.activations.mohd_layers import MoHDLinear, Side
+from gossamer.activations.mohd_routing import Scale, SubDimRouter, group_counts
 
 READINGS = ("residual", "neurons")
 
