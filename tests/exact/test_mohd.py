@@ -298,7 +298,7 @@ def balance_of(units, scores, shared):
     total = 0.0
     for i in range(shared, n):
         f = sum(i in row for row in units.tolist()) / tokens
-        total += f * float(scores[:, i].mean())
+        total += f * scores[:, i].mean().item()
     return (n - shared) * total
 
 
