@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gossamer.activations.mohd_fusion import Fusion, make_fusion
 from gossamer.activations.mohd_routing import Routing, SubDimRouter
 from gossamer.errors import InputError
+from gossamer.ops.channel_sparse_linear import channel_sparse_linear
 from gossamer.ops.linear import MAX_ROWS, linear
 
 Side = Literal["in", "out"]
@@ -23,8 +24,6 @@ Side = Literal["in", "out"]
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     if len(x) > MAX_ROWS:
         return F.linear(x, weight)
-    if len(x) == 1 and weight.stride(0) == 1:  # laid out by input channels: the active ones lie together
-        return torch.mv(weight, x[0]).unsqueeze(0)
     return linear(x, weight)
 
 
@@ -41,6 +40,9 @@ def read_active(x: Tensor, routing: Routing, weight: Tensor, bias: Tensor | None
     n = routing.gains.shape[-1]
     width = x.shape[-1] // n
     rows = x.reshape(-1, n, width)
+    if len(rows) <= MAX_ROWS and weight.stride(0) == 1:  # laid out by inputs: the kernel skips those that are zero
+        gated = routing.apply(x).reshape(-1, x.shape[-1])
+        return channel_sparse_linear(gated, weight.t(), bias=bias).reshape(*x.shape[:-1], weight.shape[0])
     gains = routing.gains.reshape(-1, n, 1).to(x.dtype)
     out: Tensor | None = None
     for groups, tokens in routing.parts():
