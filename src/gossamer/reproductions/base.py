@@ -71,6 +71,7 @@ _MODULES = (
     "minference",
     "prosparse",
     "moe_x",
+    "mohd",
     "seerattention",
     "sparsing_law",
     "tidaldecode",
