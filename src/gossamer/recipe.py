@@ -144,4 +144,5 @@ class Recipe:
             raise
         run.undo[:0] = [handle.detach for handle in handles]
         run.reports += [handle.report for handle in handles]
+        run.generator = next((handle.generator for handle in handles if handle.generator is not None), None)
         return run

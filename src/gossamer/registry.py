@@ -139,10 +139,15 @@ class Method(BaseModel):
 
 @dataclass(eq=False)
 class Handle:
-    """Methods attached to a model: a context manager whose end, like `detach`, restores the model bit for bit."""
+    """Methods attached to a model: a context manager whose end, like `detach`, restores the model bit for bit.
+
+    Attributes:
+        generator: stands in for the model's `generate` where a method has a decoding loop of its own.
+    """
 
     undo: list[Callable[[], None]] = field(default_factory=list)
     reports: list[Callable[[], dict[str, Any]]] = field(default_factory=list)
+    generator: Callable[..., Any] | None = field(default=None, kw_only=True)
 
     def detach(self) -> None:
         """Undo, last first; safe to call twice."""

@@ -4,5 +4,7 @@ Importing this package registers them; a new one is a file here and a line below
 """
 
 from gossamer.activations.base import ActivationHandle, ActivationMethod
+from gossamer.activations.griffin import Griffin
+from gossamer.activations.sirius import Sirius
 
-__all__ = ["ActivationHandle", "ActivationMethod"]
+__all__ = ["ActivationHandle", "ActivationMethod", "Griffin", "Sirius"]

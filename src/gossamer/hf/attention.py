@@ -505,6 +505,12 @@ class AttentionRuntime:
         )
 
 
+def attached_runtime(model: nn.Module) -> AttentionRuntime | None:
+    """The runtime that serves a model's attention now, if any."""
+    found = _RUNTIMES.get(attention_views(model)[0].module)
+    return found() if found is not None else None
+
+
 def _attention(
     module: nn.Module,
     query: Tensor,
@@ -556,6 +562,7 @@ __all__ = [
     "DecodeStats",
     "InputError",
     "LayerView",
+    "attached_runtime",
     "dense_attention",
     "dense_decode",
     "visible_mask",

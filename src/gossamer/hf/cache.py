@@ -261,6 +261,31 @@ class KVLayer(CacheLayerMixin):
         self.length = max(0, self.length + tokens_to_remove)
         self._touch(self.length)
 
+    def splice(self, first: int, ids: Tensor) -> None:
+        """Of the rows from `first` on keep only some, moved together in place; the others count as never seen.
+
+        For drafts of several continuations at once, of which one is taken. Positions go on from the rows kept, so row
+        ``first + i`` must have been made at the position that it now takes.
+
+        Args:
+            ids: int64 ``[n]``: which rows, counted from `first`, in their new order.
+
+        Raises:
+            InputError: rows were dropped after `first`, an id is out of range, or the rows are stored in another way.
+        """
+        if self.key_storage is None or self.value_storage is None:
+            raise InputError("this cache layer cannot take back rows from its middle: use full-precision rows")
+        if self.dropped and first < self._kept:
+            raise InputError("cannot go back past rows that the cache has dropped: keep a copy, or start again")
+        tail, rows = self.length - first, len(ids)
+        if tail < 0 or (rows and not (int(ids.min()) >= 0 and int(ids.max()) < tail)):
+            raise InputError(f"rows to keep must lie within 0 .. {tail} after row {first}")
+        for storage in (self.key_storage, self.value_storage):
+            kept = storage.narrow(2, first, tail).index_select(2, ids.to(storage.device))
+            storage.narrow(2, first, rows).copy_(kept)
+        self.length = first + rows
+        self._touch(first)
+
     @property
     def positions(self) -> Tensor:
         """Token position of every used row, int32 ``[batch, kv_heads, length]``."""

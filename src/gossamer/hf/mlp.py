@@ -65,7 +65,8 @@ class _GatedForward:
             module = cast(Any, view.owner)
             return cast(Tensor, type(module).forward(module, x, *args, **kwargs))
         flat = x.reshape(-1, x.shape[-1])
-        if rule is not None and rule.on == "gate" and run.mode != "mask" and len(flat) <= MAX_ROWS:
+        alone = rule is None or not rule.shared or len(flat) == 1  # the kernel chooses for each row by itself
+        if rule is not None and rule.on == "gate" and alone and run.mode != "mask" and len(flat) <= MAX_ROWS:
             weights = self._weights()
             if weights is not None and gathers(flat, weights.down):
                 counts = self.meter.scratch(len(flat))
