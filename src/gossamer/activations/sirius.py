@@ -161,10 +161,10 @@ class SiriusHandle(ActivationHandle):
     def _refuse(self, model: Any, ids: Tensor, config: Any, processors: Any, inputs: dict[str, Any]) -> None:
         if model is not self.model or not self.undo:
             raise InputError("this sirius is not attached to that model")
-        if ids.shape[0] != 1:
-            raise InputError(f"sirius decodes one sequence at a time, got {ids.shape[0]}")
         if config.do_sample or (config.num_beams or 1) > 1:
             raise InputError("sirius decodes greedily: set do_sample=False and num_beams=1")
+        if ids.shape[0] != 1:
+            raise InputError(f"sirius decodes one sequence at a time, got {ids.shape[0]}")
         mask = inputs.get("attention_mask")
         if mask is not None and not bool((mask == 1).all()):
             raise InputError("sirius takes one prompt without padding")

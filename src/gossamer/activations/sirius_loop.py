@@ -20,7 +20,7 @@ from gossamer.activations import sirius_verify as verify
 from gossamer.activations.griffin import ContextualNeurons
 from gossamer.errors import InputError, ModelError
 from gossamer.hf.attention import AttentionRuntime, attached_runtime
-from gossamer.hf.cache import adopt
+from gossamer.hf.cache import KVLayer, adopt
 
 if TYPE_CHECKING:
     from gossamer.activations.sirius import Sirius
@@ -131,7 +131,8 @@ class SiriusLoop:
         self.width = method.tree_width
         self.slots = 1 + (method.period - 1) * self.width
         places = self.runtime.decode.places if self.runtime is not None and self.runtime.decode is not None else None
-        self.cache = adopt(cache, places)
+        layers = model.config.get_text_config(decoder=True).num_hidden_layers  # type: ignore[union-attr, operator]
+        self.cache = adopt(cache, places, [lambda layer: KVLayer() if layer is None else layer] * layers)
         for layer in self.cache.layers:
             layer.reserve = max(layer.reserve, total + self.slots)
         self.n = ids.shape[1]
