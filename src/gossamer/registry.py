@@ -102,6 +102,8 @@ class Method(BaseModel):
     baseline: ClassVar[bool] = False
     #: The setting that takes a budget as a share of what dense attention spends, if it is not called `tokens`.
     budget_setting: ClassVar[str] = ""
+    #: Whether `compare` can measure it on a model as it is: attached, and fed known tokens.
+    comparable: ClassVar[bool] = True
     #: What `attach` or `apply` requires, as data: "calibration", "training", "gradients", "draft-model", …
     needs: ClassVar[frozenset[str]] = frozenset()
 

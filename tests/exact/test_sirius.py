@@ -20,7 +20,7 @@ from gossamer.activations.griffin import ContextualNeurons, Griffin, kept_neuron
 from gossamer.activations.sirius import Sirius, SiriusHandle, density_of
 from gossamer.activations.sirius_loop import SiriusLoop
 from gossamer.errors import InputError, ModelError, RecipeError
-from gossamer.hf import GossamerCache, KVLayer, mlp_views
+from gossamer.hf import GossamerCache, mlp_views
 from gossamer.models import LoadedModel, tiny_model
 from gossamer.patterns import NeuronRule
 from gossamer.recipe import Recipe
@@ -320,26 +320,6 @@ def test_nothing_is_reallocated_while_decoding() -> None:
         after = [t.data_ptr() for t in (loop.ids, loop.mask, loop.nodes)]
         after += [layer.key_storage.data_ptr() for layer in loop.cache.layers]
     assert places == after
-
-
-def test_splice_takes_rows_back() -> None:
-    layer = KVLayer()
-    rows = torch.arange(9.0)[None, None, :, None].expand(1, 2, 9, 4)
-    layer.update(rows, -rows)
-    layer.splice(3, torch.tensor([0, 2, 5]))
-    assert layer.keys is not None
-    assert layer.values is not None
-    assert layer.keys[0, 1, :, 0].tolist() == [0, 1, 2, 3, 5, 8]
-    assert torch.equal(layer.values, -layer.keys)
-    assert layer.get_seq_length() == 6
-    for first, ids in ((3, [3]), (3, [-1]), (7, [0])):
-        with pytest.raises(InputError, match="rows to keep must lie within"):
-            layer.splice(first, torch.tensor(ids))
-    layer.keep(torch.tensor([[[0, 2, 3, 4], [0, 1, 2, 3]]]))
-    with pytest.raises(InputError, match="cannot go back"):
-        layer.splice(2, torch.tensor([0]))
-    with pytest.raises(InputError, match="full-precision"):
-        KVLayer().splice(0, torch.tensor([0]))
 
 
 # -- trees ------------------------------------------------------------------------------------------------------------

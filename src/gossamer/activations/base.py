@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from pydantic import Field
 from torch import Tensor, nn
 
 from gossamer.calibration import Calibration
-from gossamer.errors import RecipeError
+from gossamer.errors import InputError, RecipeError
 from gossamer.hf import ChannelRuntime, MLPRuntime, NeuronPolicy
 from gossamer.hf.channels import Mode
 from gossamer.patterns import NeuronRule
@@ -44,6 +44,17 @@ class ActivationMethod(Method):
             RecipeError: this method needs no calibration.
         """
         raise RecipeError(f"{self.slug} needs no calibration")
+
+    @classmethod
+    def with_share(cls, kept: float) -> Self:
+        """Settings with which tokens compute this share of the neurons; for methods with a `sparsity`.
+
+        Raises:
+            InputError: the method has no such setting.
+        """
+        if "sparsity" not in cls.model_fields:
+            raise InputError(f"{cls.slug} cannot be set to a share of neurons")
+        return cls(**{"sparsity": 1 - kept})
 
     def neuron_policy(self, model: nn.Module, calibration: Calibration | None) -> NeuronPolicy | None:
         """Which neurons the MLPs compute; None leaves them alone."""

@@ -173,6 +173,11 @@ class ContextualMethod(ActivationMethod):
     )
     keep: float = Field(0.5, gt=0, le=1, description="ρ, the share of neurons kept")
 
+    @classmethod
+    def with_share(cls, kept: float) -> Self:
+        """Settings with which tokens compute this share of the neurons."""
+        return cls(keep=kept)
+
     def neuron_policy(self, model: nn.Module, calibration: Calibration | None) -> ContextualNeurons:
         """A policy of this model."""
         return ContextualNeurons(mlp_views(model), self.keep, self.pattern)

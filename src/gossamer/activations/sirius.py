@@ -231,6 +231,8 @@ class Sirius(ContextualMethod):
         None, gt=0, le=1, description="in a tree, a beam surer than this of its next token proposes no other (0.95)"
     )
 
+    comparable = False  # fed known tokens, it has nothing to correct
+
     @property
     def slots(self) -> tuple[str, ...]:
         """Neurons and the decoding loop."""

@@ -294,7 +294,7 @@ class SiriusLoop:
         path = verify.longest_accepted(verify.leaf_paths(parents.tolist(), width), good.tolist())
         kept = torch.tensor(path, device=mask.device)
         for layer in self.cache.layers:
-            layer.splice(first, kept)
+            layer.accept(first, kept)
         end = first + len(path)
         self.ids[0, first:end] = self.nodes[0, kept]
         self.ids[0, end] = self._choose(logits[path[-1]], end)

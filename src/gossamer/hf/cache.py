@@ -261,30 +261,28 @@ class KVLayer(CacheLayerMixin):
         self.length = max(0, self.length + tokens_to_remove)
         self._touch(self.length)
 
-    def splice(self, first: int, ids: Tensor) -> None:
-        """Of the rows from `first` on keep only some, moved together in place; the others count as never seen.
-
-        For drafts of several continuations at once, of which one is taken. Positions go on from the rows kept, so row
-        ``first + i`` must have been made at the position that it now takes.
+    def accept(self, start: int, ids: Tensor) -> None:
+        """Of the rows from `start` on keep these, in place, as if the others had never come.
 
         Args:
-            ids: int64 ``[n]``: which rows, counted from `first`, in their new order.
+            ids: integer ``[n]``, ascending, counted from `start`.
 
         Raises:
-            InputError: rows were dropped after `first`, an id is out of range, or the rows are stored in another way.
+            InputError: the ids do not ascend within the rows there, or rows were dropped among them.
         """
-        if self.key_storage is None or self.value_storage is None:
-            raise InputError("this cache layer cannot take back rows from its middle: use full-precision rows")
-        if self.dropped and first < self._kept:
-            raise InputError("cannot go back past rows that the cache has dropped: keep a copy, or start again")
-        tail, rows = self.length - first, len(ids)
-        if tail < 0 or (rows and not (int(ids.min()) >= 0 and int(ids.max()) < tail)):
-            raise InputError(f"rows to keep must lie within 0 .. {tail} after row {first}")
-        for storage in (self.key_storage, self.value_storage):
-            kept = storage.narrow(2, first, tail).index_select(2, ids.to(storage.device))
-            storage.narrow(2, first, rows).copy_(kept)
-        self.length = first + rows
-        self._touch(first)
+        assert self.key_storage is not None and self.value_storage is not None
+        tail, kept = self.length - start, len(ids)
+        if not 0 <= start <= self.length or (self.dropped and start < self._kept):
+            raise InputError(f"cannot go back to row {start} of {self.length}: rows were dropped, or it is not there")
+        if not torch.equal(ids, torch.arange(kept)):
+            every = ids.expand(self.batch, self.heads, -1)
+            for storage in (self.key_storage, self.value_storage):
+                rows = storage.narrow(2, start, tail)
+                compact_rows(rows, every.to(storage.device), length=tail)
+        elif kept > tail:
+            raise InputError(f"cannot accept {kept} of {tail} rows")
+        self.length = start + kept
+        self._touch(start)
 
     @property
     def positions(self) -> Tensor:

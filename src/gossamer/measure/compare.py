@@ -227,6 +227,7 @@ class _Run:
                     if kind == "text":
                         m.scores.append(scores)
                         m.count(runtime, cache)
+                        m.count_neurons(handle.report())
                         if trace:
                             m.selection = picture_of(trace, runtime.shape.layers)
                     else:

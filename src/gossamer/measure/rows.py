@@ -51,6 +51,8 @@ class Measured:
     peak: int | None = None
     yardstick: str | None = None
     area: float | None = None
+    neurons: float | None = None
+    skipped_bytes: int = 0
 
     def count(self, runtime: AttentionRuntime, cache: Any) -> None:
         """Take over what decode steps read, per token, and what the cache and the policies hold."""
@@ -60,6 +62,13 @@ class Measured:
             self.read[name] = value / tokens
         self.held_bytes = int(cache.nbytes)
         self.extra_bytes = sum(_state_bytes(layer.views.get(runtime)) for layer in cache.layers)
+
+    def count_neurons(self, report: dict[str, Any]) -> None:
+        """Take over what an activation method kept, and the weights that a decode step does not read for it."""
+        if (kept := report.get("neurons_kept", report.get("channels_kept"))) is not None:
+            self.yardstick, self.neurons = self.yardstick or "neurons", kept
+            pairs = (("mlp_bytes_dense", "mlp_bytes_read"), ("channel_bytes_dense", "channel_bytes_read"))
+            self.skipped_bytes = sum(report.get(dense, 0) - report.get(read, 0) for dense, read in pairs)
 
     def note(self, messages: Sequence[str]) -> None:
         """Add remarks that are not there yet."""
@@ -157,10 +166,11 @@ def _cost(model: nn.Module, m: Measured, dense: Measured, context: int) -> Cost:
         kv_bytes_read=m.read.get("kv", 0.0),
         score_bytes_read=m.read.get("score", 0.0),
         dense_bytes_read=m.read.get("dense", 0.0),
-        weight_bytes_read=costs.weight_bytes(model),
+        weight_bytes_read=costs.weight_bytes(model) - m.skipped_bytes,
         peak_memory=m.peak,
         formula_bytes=formula,
         prefill_area=m.area,
+        neurons_kept=m.neurons,
     )
 
 

@@ -44,8 +44,10 @@ class NeuronRule:
             raise InputError("a neuron rule has one of threshold, count and indices")
         if self.threshold is not None and (self.threshold.ndim > 1 or bool((self.threshold < 0).any())):
             raise InputError("thresholds of neurons are [] or [D], and not negative")
-        if self.threshold is not None and bool(self.threshold.isnan().any()):
-            raise InputError("a threshold of neurons is NaN")
+        if self.threshold is not None:
+            if bool(self.threshold.isnan().any()):
+                raise InputError("a threshold of neurons is NaN")
+            object.__setattr__(self, "threshold", self.threshold.float().contiguous())  # as kernels read it
         if self.count is not None and self.count < 0:
             raise InputError(f"a count of neurons must not be negative, got {self.count}")
         if self.shared and self.count is None:
@@ -57,6 +59,15 @@ class NeuronRule:
             or bool((self.indices[:1] < 0).any())
         ):
             raise InputError("indices of neurons are int32 [n], ascending and without repeats")
+
+    def check(self, size: int) -> None:
+        """Raise `InputError` unless the rule fits so many neurons."""
+        if self.threshold is not None and self.threshold.numel() not in (1, size):
+            raise InputError(f"a rule has {self.threshold.numel()} thresholds for {size} neurons")
+        if self.threshold is not None and self.threshold.ndim and self.threshold.numel() != size:
+            raise InputError(f"a single threshold has shape [], not [1], for {size} neurons")
+        if self.indices is not None and len(self.indices) and int(self.indices[-1]) >= size:
+            raise InputError(f"a rule names neuron {int(self.indices[-1])} of {size}")
 
     def mask(self, a: Tensor) -> Tensor:
         """Bool ``[..., D]``: what is kept."""
