@@ -66,6 +66,7 @@ _MODULES = (
     "hip_attention",
     "minference",
     "seerattention",
+    "sirius",
     "tidaldecode",
     "tokenselect",
     "zipvl",
