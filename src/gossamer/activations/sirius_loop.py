@@ -292,10 +292,10 @@ class SiriusLoop:
         if slots > 1:
             good[1:] = self._acceptable(logits[parents[1:]], self.nodes[0, 1:slots])
         path = verify.longest_accepted(verify.leaf_paths(parents.tolist(), width), good.tolist())
-        kept = torch.tensor(path, device=mask.device)
+        kept = torch.tensor(path)
         for layer in self.cache.layers:
             layer.accept(first, kept)
         end = first + len(path)
-        self.ids[0, first:end] = self.nodes[0, kept]
+        self.ids[0, first:end] = self.nodes[0, kept.to(mask.device)]
         self.ids[0, end] = self._choose(logits[path[-1]], end)
         self.n = end + 1
