@@ -70,20 +70,14 @@ def generate(
         torch.manual_seed(seed)
     model: Any = loaded.model
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    streamer = _Callback(tokenizer, write) if write is not None else None
     with recipe.attach(model) if recipe is not None else nullcontext() as handle:
-        if handle is not None and handle.custom_generate is not None:
-            # `generate` would not hand its streamer on; the engine has one of its own, which skips the prompt likewise.
-            sampling.update(custom_generate=handle.custom_generate)
-            if streamer is not None:
-                streamer.put(inputs["input_ids"][0].cpu())
-                sampling.update(token_streamer=streamer)
-                streamer = None
-        out = model.generate(
+        run = getattr(handle, "generator", None) or model.generate
+        out = run(
             **inputs.to(model.device),
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,
-            streamer=streamer,
+            streamer=_Callback(tokenizer, write) if write is not None else None,
+            return_dict_in_generate=False,
             **sampling,
         )
     return str(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

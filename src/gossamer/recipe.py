@@ -146,9 +146,10 @@ class Recipe:
             raise
         run.undo[:0] = [handle.detach for handle in handles]
         run.reports += [handle.report for handle in handles]
-        run.custom_generate = next((h.custom_generate for h in handles if h.custom_generate is not None), None)
+        run.generator = next((handle.generator for handle in handles if handle.generator is not None), None)
         if engine is not None:
-            run.custom_generate = made = engine(model)
+            made = engine(model)
+            run.generator = made.generate
             run.reports.append(made.report)
         return run
 

@@ -145,13 +145,12 @@ class Handle:
     """Methods attached to a model: a context manager whose end, like `detach`, restores the model bit for bit.
 
     Attributes:
-        custom_generate: what `model.generate` is to be given as its `custom_generate`, where methods decode in a way of their
-            own; else None.
+        generator: stands in for the model's `generate` where a method has a decoding loop of its own.
     """
 
     undo: list[Callable[[], None]] = field(default_factory=list)
     reports: list[Callable[[], dict[str, Any]]] = field(default_factory=list)
-    custom_generate: Callable[..., Any] | None = field(default=None, kw_only=True)
+    generator: Callable[..., Any] | None = field(default=None, kw_only=True)
 
     def detach(self) -> None:
         """Undo, last first; safe to call twice."""

@@ -108,8 +108,8 @@ def test_streamed_pieces_are_the_text():
 
     model, pieces = tiny_model("llama"), Pieces()
     engine = Engine(model, Guessing(256), tree=TREE)
-    out = model.generate(PROMPT, **GREEDY, token_streamer=pieces, custom_generate=engine)
-    assert torch.equal(torch.cat(pieces.seen), out[0, PROMPT.shape[1] :])
+    out = engine.generate(PROMPT, **GREEDY, streamer=pieces)
+    assert torch.equal(torch.cat(pieces.seen), out[0])
     assert pieces.ended
 
 
@@ -157,8 +157,8 @@ def test_recipes_draft_with_what_keeps_exactness():
     plain = model.generate(PROMPT, **GREEDY)
     recipe = Recipe.of(make("prompt-lookup"), make("native-linear"))
     with recipe.attach(model) as handle:
-        handle.custom_generate.cost = COST
-        out = model.generate(PROMPT, **GREEDY, custom_generate=handle.custom_generate)
+        handle.generator.__self__.cost = COST
+        out = handle.generator(PROMPT, **GREEDY)
         assert handle.report()["tokens_per_forward"] >= 1
     assert torch.equal(out, plain)
     with pytest.raises(RecipeError, match=r"prompt-lookup verifies several tokens at once.*streaming-llm"):

@@ -7,12 +7,14 @@ from gossamer.activations import (
     cats,
     chess,
     delta_activation,
+    griffin,
     lazy_neuron,
     moe_x,
     mohd,
     neuron_baselines,
     prosparse,
     prosparse_predictor,
+    sirius,
     sparsing_law,
 )
 from gossamer.activations.base import ActivationHandle, ActivationMethod
@@ -23,11 +25,13 @@ __all__ = [
     "cats",
     "chess",
     "delta_activation",
+    "griffin",
     "lazy_neuron",
     "moe_x",
     "mohd",
     "neuron_baselines",
     "prosparse",
     "prosparse_predictor",
+    "sirius",
     "sparsing_law",
 ]

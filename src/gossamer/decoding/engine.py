@@ -89,12 +89,12 @@ class Engine:
         stopping_criteria: Any = None,
         generation_config: Any = None,
         synced_gpus: bool = False,
-        token_streamer: Any = None,
+        streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
         """As `generate` calls a decoding method; returns all ids ``[1, n]``, or its output class where that was asked for.
 
-        `generate` keeps its `streamer` to itself when it is given a decoding method; give `token_streamer` instead.
+        transformers passes no streamer here; `Engine.generate` does.
 
         Raises:
             InputError: several sequences, padding, a model other than the engine's, or sparse attention attached.
@@ -111,15 +111,25 @@ class Engine:
         do_sample = bool(getattr(generation_config, "do_sample", False))
         with _attached(model) as runtime, torch.no_grad():
             ids = self._decode(
-                runtime, input_ids[0], cache, logits_processor or [], stopping_criteria or [], do_sample, token_streamer
+                runtime, input_ids[0], cache, logits_processor or [], stopping_criteria or [], do_sample, streamer
             )
-        if token_streamer is not None:
-            token_streamer.end()
+        if streamer is not None:
+            streamer.end()
         if getattr(generation_config, "return_dict_in_generate", False):
             from transformers.generation.utils import GenerateDecoderOnlyOutput
 
             return GenerateDecoderOnlyOutput(sequences=ids[None], past_key_values=cache)
         return ids[None]
+
+    def generate(self, *args: Any, **settings: Any) -> Any:
+        """As the model's own `generate`, streamers included."""
+        model: Any = self.model
+        streamer = settings.get("streamer")
+
+        def method(*inputs: Any, **kwargs: Any) -> Any:
+            return self(*inputs, **{**kwargs, "streamer": streamer})
+
+        return model.generate(*args, **settings, custom_generate=method)
 
     def report(self) -> dict[str, Any]:
         """Of the last generation: tokens per forward of the target, and nodes that a forward carried."""

@@ -564,6 +564,12 @@ class AttentionRuntime:
         )
 
 
+def attached_runtime(model: nn.Module) -> AttentionRuntime | None:
+    """The runtime that serves a model's attention now, if any."""
+    found = _RUNTIMES.get(attention_views(model)[0].module)
+    return found() if found is not None else None
+
+
 def _attention(
     module: nn.Module,
     query: Tensor,
@@ -607,14 +613,6 @@ def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
     return sdpa_mask(*args, **kwargs)  # type: ignore[no-any-return]
 
 
-def attached_runtime(model: nn.Module) -> AttentionRuntime | None:
-    """The runtime that is attached to a model, if any."""
-    found = (_RUNTIMES.get(module) for module in model.modules() if module in _RUNTIMES)
-    return next(
-        (runtime for reference in found if reference is not None and (runtime := reference()) is not None), None
-    )
-
-
 AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, _mask)
 
@@ -623,6 +621,7 @@ __all__ = [
     "DecodeStats",
     "InputError",
     "LayerView",
+    "attached_runtime",
     "dense_attention",
     "dense_decode",
     "visible_mask",

@@ -74,6 +74,7 @@ _MODULES = (
     "mohd",
     "seerattention",
     "sparsing_law",
+    "sirius",
     "tidaldecode",
     "tokenselect",
     "zipvl",
