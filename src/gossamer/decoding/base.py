@@ -157,6 +157,8 @@ class Drafter:
 class DraftingMethod(Method):
     """Base of methods that draft; the slot is `drafting`."""
 
+    comparable = False  # the text is the same; what changes is the time, see `gossamer bench decoding`
+
     def drafter(self, model: nn.Module, calibration: Calibration | None) -> Drafter:
         """A drafter for this model."""
         raise NotImplementedError
@@ -168,6 +170,8 @@ class DraftingMethod(Method):
 
 class AcceptanceMethod(Method):
     """Base of acceptance rules as methods; the slot is `acceptance`."""
+
+    comparable = False
 
     def rule(self) -> Rule:
         """The rule."""
