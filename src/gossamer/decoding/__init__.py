@@ -17,6 +17,7 @@ from gossamer.decoding.base import (
 from gossamer.decoding.cost import ForwardCost, Sizer, cost_of
 from gossamer.decoding.engine import DecodingStats, Engine
 from gossamer.decoding.lookup import PromptLookup
+from gossamer.decoding.token_recycling import TokenRecycling
 
 __all__ = [
     "AcceptanceMethod",
@@ -32,6 +33,7 @@ __all__ = [
     "Rule",
     "Sizer",
     "Target",
+    "TokenRecycling",
     "Verdict",
     "cost_of",
 ]

@@ -134,6 +134,8 @@ class Drafter:
 
     ranks = 0
     depth = 0
+    #: Whether `observe_prompt` wants the logits of prompts, which must then all be computed.
+    watches_prompt = False
 
     def begin(self, context: Context) -> None:
         """A new text: its prompt."""
@@ -145,6 +147,9 @@ class Drafter:
     def propose(self, context: Context, tree: Tree) -> Draft:
         """A draft; `tree` is the shape that pays best at present (drafters with a shape of their own ignore it)."""
         return Draft(tree, self.fill(context, tree))
+
+    def observe_prompt(self, ids: Tensor, logits: Tensor) -> None:
+        """See a prompt's tokens int64 ``[n]`` (all but its last) and their logits ``[n, V]``, where `watches_prompt` is true."""
 
     def observe(self, target: Target, verdict: Verdict) -> None:
         """See what the target said, and what was accepted."""

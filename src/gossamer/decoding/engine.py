@@ -170,7 +170,10 @@ class Engine:
         room[: len(prompt)] = prompt
         count, seen = len(prompt), cache.get_seq_length()
         if seen < count - 1:
-            self._forward(call, prompt[None, seen:-1], cache, logits_to_keep=1)
+            unread, watched = prompt[None, seen:-1], self.drafter.watches_prompt
+            logits = self._forward(call, unread, cache, logits_to_keep=0 if watched else 1).logits[0]
+            if watched:
+                self.drafter.observe_prompt(unread[0], logits.float())
         self.stats = stats = DecodingStats()
         self.drafter.begin(Context(prompt, limit - count, processors, do_sample))
         done, tree = count >= limit, first

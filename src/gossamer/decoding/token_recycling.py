@@ -1,0 +1,197 @@
+"""Token Recycling: the rankings that plain decoding throws away are the next drafts (Luo et al., ACL 2025, arXiv 2408.08696).
+
+    M[token] = the k likeliest successors that the model named last time it read that token          [V, k]
+    draft:   tree[root] = last token,  tree[i] = M[tree[parent(i)], rank(i)]    breadth first, a fixed tree of ranks
+    verify:  one forward over the tree;  keep the path that the model itself would have written
+    update:  M[tree[i]] = topk(logits[i], k)   for every node, accepted or not
+
+The table costs V · k ids, needs no training, and lives on from text to text: it is warm after the first prompts.
+
+Decisions where the card leaves room:
+
+* Of several nodes with one token the last in breadth-first order writes the row.
+* Rows that were never written hold id 0 in the paper's template (`template="2.2.2"`), as released. With `template="auto"` they
+  propose nothing, and the tree is the one that pays best by what is accepted and what forwards cost here.
+* Prompts do not write the table (as released); `update_from_prefill` lets them, at the price of all their logits.
+* Sampling draws each visited node's token from the model's own law (the engine's rule `Match`), which is exact; the released
+  code always takes the best token.
+* Rows are updated when a text ends too; the released loop leaves before its last update.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from gossamer import ops
+from gossamer.calibration import Calibration
+from gossamer.decoding.base import Context, Draft, Drafter, DraftingMethod, Target, Verdict
+from gossamer.errors import CalibrationError, InputError, ModelError
+from gossamer.models import fingerprint
+from gossamer.patterns import Tree
+from gossamer.registry import register
+
+# The released tree, as the number of children of each node that has any; children take the ranks from 0 on.
+_CHILDREN: dict[str, int] = {
+    "": 8,
+    **dict(zip("01234567", (8, 4, 3, 2, 1, 1, 1, 1), strict=True)),
+    **dict(zip(("00", "01", "02", "03", "04", "05", "06", "07"), (8, 3, 2, 1, 1, 1, 1, 1), strict=True)),
+    **dict(zip(("10", "11", "20", "30", "40", "50"), (2, 1, 1, 1, 1, 1), strict=True)),
+    **dict(zip(("000", "001", "002", "003", "004"), (5, 2, 1, 1, 1), strict=True)),
+    **dict.fromkeys(("010", "020", "100", "200", "300"), 1),
+    **dict(zip(("0000", "0001", "0002", "0010", "0100", "1000"), (3, 1, 1, 1, 1, 1), strict=True)),
+    "00000": 2,
+    "00010": 1,
+}
+
+
+def released_template() -> Tree:
+    """The paper's tree "2.2.2": 80 nodes below the root, six deep.
+
+    >>> tree = released_template()
+    >>> [tree.depths.count(depth) for depth in range(7)], len(tree.leaves)
+    ([1, 8, 21, 25, 15, 8, 3], 40)
+    """
+    paths = [(*map(int, parent), rank) for parent, count in _CHILDREN.items() for rank in range(count)]
+    return Tree.of_paths(paths)
+
+
+def top_successors(logits: Tensor, k: int) -> Tensor:
+    """int64 ``[n, k]``: ids of the k largest logits of each row ``[n, V]``, the largest first.
+
+    >>> top_successors(torch.tensor([[0.1, 3.0, 2.0]]), 2).tolist()
+    [[1, 2]]
+    """
+    found, _ = ops.select_topk(logits.float().contiguous()[None], k)
+    ids = found[0].long()
+    order = logits.gather(1, ids).sort(dim=1, descending=True, stable=True).indices
+    return ids.gather(1, order)
+
+
+class TokenRecycler(Drafter):
+    """The table and how it is read and written.
+
+    Attributes:
+        successors: int32 ``[V, k]``.
+        seen: bool ``[V]``: rows that were written.
+    """
+
+    def __init__(
+        self, vocabulary: int, k: int, depth: int, template: Tree | None, watches_prompt: bool = False
+    ) -> None:
+        self.successors = torch.zeros(vocabulary, k, dtype=torch.int32)
+        self.seen = torch.zeros(vocabulary, dtype=torch.bool)
+        self.template, self.watches_prompt = template, watches_prompt
+        self.ranks, self.depth = (k, depth) if template is None else (0, 0)
+
+    def fill(self, context: Context, tree: Tree) -> list[int]:
+        """One gather a depth."""
+        tokens = torch.empty(tree.size, dtype=torch.long)
+        tokens[0] = context.ids[-1]
+        parents, ranks, depths = torch.tensor(tree.parents), torch.tensor(tree.ranks), tree.positions
+        for depth in range(1, int(depths.max()) + 1):
+            nodes = (depths == depth).nonzero()[:, 0]
+            above = tokens[parents[nodes]]
+            rows = above.clamp_min(0)
+            found = self.successors[rows, ranks[nodes]].long()
+            if self.template is None:
+                found = torch.where((above >= 0) & self.seen[rows], found, -1)
+            tokens[nodes] = found
+        return [int(token) for token in tokens]
+
+    def propose(self, context: Context, tree: Tree) -> Draft:
+        """The template, or the tree that pays best."""
+        shape = tree if self.template is None else self.template
+        return Draft(shape, self.fill(context, shape))
+
+    def observe(self, target: Target, verdict: Verdict) -> None:
+        """Every node's ranking, accepted or not."""
+        self.write(target.draft.tokens, target.logits)
+
+    def observe_prompt(self, ids: Tensor, logits: Tensor) -> None:
+        """The prompt's rankings."""
+        self.write(ids.tolist(), logits)
+
+    def write(self, tokens: Any, logits: Tensor) -> None:
+        """Set rows of the table; the last of several nodes with one token wins.
+
+        Raises:
+            InputError: logits of another vocabulary.
+        """
+        if logits.shape[-1] != len(self.successors):
+            raise InputError(f"the table has {len(self.successors)} tokens, the logits {logits.shape[-1]}")
+        last = {token: node for node, token in enumerate(tokens)}
+        nodes, rows = torch.tensor(list(last.values())), torch.tensor(list(last))
+        chosen = logits if len(last) == len(logits) else logits[nodes.to(logits.device)]
+        self.successors[rows] = top_successors(chosen, self.successors.shape[1]).to("cpu", torch.int32)
+        self.seen[rows] = True
+
+
+@register("token-recycling", slot="drafting", family="decoding")
+class TokenRecycling(DraftingMethod):
+    """Draft with the successors that the model named when it last read a token; lossless, no training, no second model.
+
+    Use it for anything at batch 1: it speeds up most where a text repeats itself or its kind (code, dialogue, summaries), and
+    with `template="auto"` it stands back where drafts are not accepted. It costs V · k ids of memory and one top-k of each
+    node's logits. A fresh table accepts little; `state_of` and a calibration carry a warm one on.
+
+    Paper: Turning Trash into Treasure: Accelerating Inference of Large Language Models with Token Recycling, arXiv 2408.08696.
+
+    >>> TokenRecycling(template="2.2.2").k
+    8
+    """
+
+    k: int = Field(8, ge=1, le=64, description="successors that are remembered of each token")
+    template: Literal["auto", "2.2.2"] = Field(
+        "auto", description="auto: the tree that pays best here; 2.2.2: the paper's 80 nodes (needs k = 8 or more)"
+    )
+    depth: int = Field(6, ge=1, le=16, description="deepest candidate, with template=auto")
+    update_from_prefill: bool = Field(False, description="let prompts write the table too")
+
+    def calibrate(self, model: nn.Module, tokens: Tensor) -> Calibration:
+        """Warm a table on token blocks ``[count, block]``: every position writes the row of its token.
+
+        Raises:
+            InputError: `tokens` is no integer matrix.
+        """
+        if tokens.dim() != 2 or tokens.is_floating_point() or not tokens.numel():
+            raise InputError(f"a table is warmed on token blocks [count, block], got {list(tokens.shape)}")
+        drafter, call = self.drafter(model, None), model
+        with torch.no_grad():
+            for block in tokens:
+                drafter.write(block.tolist(), call(block[None], use_cache=False).logits[0].float())
+        return state_of(drafter, model)
+
+    def drafter(self, model: nn.Module, calibration: Calibration | None) -> TokenRecycler:
+        """A fresh table, or the one of a calibration.
+
+        Raises:
+            ModelError: the model has no language-model head.
+            InputError: the paper's template with fewer than 8 successors.
+            CalibrationError: a table of another model or size.
+        """
+        head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+        if head is None:
+            raise ModelError(f"{type(model).__name__} has no language-model head to recycle the rankings of")
+        if self.template == "2.2.2" and self.k < 8:
+            raise InputError(f"{self.slug}: the template 2.2.2 needs 8 successors of each token, k is {self.k}")
+        template = released_template() if self.template == "2.2.2" else None
+        made = TokenRecycler(head.weight.shape[0], self.k, self.depth, template, self.update_from_prefill)
+        if calibration is not None:
+            calibration = self.require(calibration)
+            calibration.check(fingerprint(model))
+            table, seen = (calibration.tensors.get(name) for name in ("successors", "seen"))
+            size = len(made.successors)
+            if table is None or seen is None or table.shape != made.successors.shape or int(table.max()) >= size:
+                raise CalibrationError(f"{self.slug}: the table is not [{size}, {self.k}]: calibrate again")
+            made.successors, made.seen = table.to(torch.int32).clone(), seen.bool().clone()
+        return made
+
+
+def state_of(drafter: TokenRecycler, model: Any) -> Calibration:
+    """A warm table as a calibration, to be saved and given to another run."""
+    tensors = {"successors": drafter.successors.clone(), "seen": drafter.seen.clone()}
+    return Calibration("token-recycling", fingerprint(model), tensors, {"rows": int(drafter.seen.sum())})
