@@ -632,3 +632,18 @@ def test_calibrations_that_do_not_fit():
 
 def test_search_names_are_complete():
     assert set(search.RULES) == {"zeros", "top-k", "fat", "cett"}
+
+
+@pytest.mark.parametrize("share", [0.9, 0.5])
+def test_a_share_of_neurons_can_be_asked_for_instead_of_a_price(share):
+    model, ids = model_of("silu"), ids_of("silu")
+    method = SparsingLaw.with_share(share)
+    calibration = method.calibrate(model, ids)
+    assert calibration.facts["activation_ratio"] == pytest.approx(share, abs=0.02)
+    with method.attach(model, calibration) as handle, torch.no_grad():
+        model(ids)
+        assert handle.report()["neurons_kept"] == pytest.approx(share, abs=0.02)
+    with pytest.raises(InputError, match="share"):
+        SparsingLaw(share=1.5)
+    with pytest.raises(InputError, match="share of neurons"):
+        search.sparsity_at_share(model, ids, 0.0)

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from gossamer.activations.base import ActivationHandle, ActivationMethod
 from gossamer.activations.sparsing_law_cett import Progress, no_progress
-from gossamer.activations.sparsing_law_search import Measurement, ppl_p_sparsity, real_rows
+from gossamer.activations.sparsing_law_search import Measurement, ppl_p_sparsity, real_rows, sparsity_at_share
 from gossamer.calibration import Calibration
 from gossamer.errors import CalibrationError
 from gossamer.hf import FixedRules, NeuronPolicy, mlp_views
@@ -63,6 +63,9 @@ class SparsingLaw(ActivationMethod):
     """
 
     p: float = Field(0.01, gt=0, le=10, description="rise of validation perplexity that the thresholds may cost")
+    share: float | None = Field(
+        None, gt=0, le=1, description="instead of p: the activation ratio to reach, whatever it costs"
+    )
     tolerance: float = Field(1e-6, gt=0, lt=1, description="width of the last interval of the search for c")
     candidates: int = Field(65_536, ge=2, description="thresholds that each layer chooses from")
     max_tokens: int = Field(2048, ge=2, description="calibration tokens used at most; all activations are held at once")
@@ -72,6 +75,11 @@ class SparsingLaw(ActivationMethod):
         if self.int8:
             raise ValueError("int8 weights serve rules on the gate; this one judges products")
         return self
+
+    @classmethod
+    def with_share(cls, kept: float) -> SparsingLaw:
+        """Settings with which tokens keep this share of the neurons."""
+        return cls(share=kept, tolerance=1e-3)
 
     def calibrate(self, model: nn.Module, tokens: Tensor, progress: Progress = no_progress) -> Calibration:
         """Find c and the thresholds on the first `max_tokens` of token blocks ``[count, block]``.
@@ -86,10 +94,15 @@ class SparsingLaw(ActivationMethod):
         real_rows(tokens)
         length = min(tokens.shape[1], self.max_tokens)
         used = tokens[: max(1, self.max_tokens // length), :length]
-        found = ppl_p_sparsity(
-            model, used, self.p, tolerance=self.tolerance, candidates=self.candidates, progress=progress
-        )
-        return calibration_of(model, found, p=self.p, tokens=used.numel())
+        if self.share is None:
+            found = ppl_p_sparsity(
+                model, used, self.p, tolerance=self.tolerance, candidates=self.candidates, progress=progress
+            )
+        else:
+            found = sparsity_at_share(
+                model, used, self.share, tolerance=self.tolerance, candidates=self.candidates, progress=progress
+            )
+        return calibration_of(model, found, p=self.p if self.share is None else None, tokens=used.numel())
 
     def neuron_policy(self, model: nn.Module, calibration: Calibration | None) -> NeuronPolicy:
         """Fixed thresholds on the products.

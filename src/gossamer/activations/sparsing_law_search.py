@@ -249,6 +249,33 @@ def ppl_p_sparsity(
     return probe.measure(find_at_ppl([probe], p, "cett", tolerance, progress))
 
 
+def sparsity_at_share(
+    model: nn.Module,
+    ids: Tensor,
+    share: float,
+    *,
+    tolerance: float = 1e-6,
+    candidates: int = 65_536,
+    progress: Progress = no_progress,
+) -> Measurement:
+    """The CETT at which a model keeps this share of its neurons, and what that costs; arguments as in `ppl_p_sparsity`.
+
+    Raises:
+        InputError: a share that is not in 0 … 1; otherwise as `ppl_p_sparsity`.
+    """
+    if not 0 < share <= 1:
+        raise InputError(f"a share of neurons is above 0 and at most 1, got {share:g}")
+    probe, done = Probe(model, real_rows(ids), candidates, progress), 0
+
+    def dense(x: float) -> bool:
+        nonlocal done
+        progress(f"cett: the error that keeps {share:.0%} of the neurons", done, math.ceil(math.log2(1 / tolerance)))
+        done += 1
+        return probe.at("cett", x).ratio > share
+
+    return probe.measure(bisect_knob(dense, tolerance))
+
+
 def ppl_p_checkpoints(
     models: Sequence[nn.Module],
     ids: Tensor,

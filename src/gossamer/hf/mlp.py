@@ -91,6 +91,8 @@ class _GatedForward:
     def _gather(self, x: Tensor, rule: NeuronRule, decoding: bool) -> Tensor | None:
         """The kernel's result, or None where none serves these rows."""
         flat = x.reshape(-1, x.shape[-1])
+        if rule.shared and len(flat) > 1:
+            return None  # the kernel chooses for each row by itself
         parameters = [cast(Tensor, matrix._parameters["weight"]) for matrix in self.matrices]
         if torch.compiler.is_compiling() or not gathers(flat, parameters[0]):
             return None  # compiled: masked, since what was kept is counted outside of tensors
