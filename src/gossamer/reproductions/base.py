@@ -76,6 +76,7 @@ _MODULES = (
     "sparsing_law",
     "sirius",
     "tidaldecode",
+    "token_recycling",
     "tokenselect",
     "zipvl",
 )
