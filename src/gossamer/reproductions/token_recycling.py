@@ -59,14 +59,17 @@ def _experiment(progress: Progress) -> Outcome:
     def warm(name: str) -> float:
         return float(sum(raw[name]["tokens"][1:]) / sum(raw[name]["forwards"][1:]))
 
-    mat, lookup, equal = warm("token recycling"), warm("prompt lookup"), all(raw["token recycling"]["equal"])
+    ours = raw["token recycling"]
+    mat, lookup, first = warm("token recycling"), warm("prompt lookup"), ours["tokens_per_forward"][0]
+    same = sum(ours["equal"])
+    equal = same == len(QUESTIONS)
     checks = {"mat": mat >= THRESHOLD, "above_lookup": mat > lookup, "equal": equal}
     failed = [name for name, held in checks.items() if not held]
     return Outcome(
         verdict="reproduced" if not failed else "direction only" if mat > 1.2 and equal else "not reproduced",
         measured=(
-            f"{mat:.2f} tokens a forward over prompts 2 to {len(QUESTIONS)} (first {raw['token recycling']['tokens_per_forward'][0]:.2f}, "
-            f"prompt lookup {lookup:.2f}); text equal to plain greedy on {sum(raw['token recycling']['equal'])} of {len(QUESTIONS)}"
+            f"{mat:.2f} tokens a forward over prompts 2 to {len(QUESTIONS)} (first {first:.2f}, prompt lookup "
+            f"{lookup:.2f}); text equal to plain greedy on {same} of {len(QUESTIONS)}"
         ),
         raw={**raw, "accepted": {str(k): v for k, v in sorted(accepted.items())}, "checks": checks},
         explanation=f"failed: {', '.join(failed)}" if failed else "",
