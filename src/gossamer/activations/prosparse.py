@@ -21,7 +21,7 @@ Decisions where the card leaves room:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -152,6 +152,8 @@ class ProSparse(ActivationMethod):
     >>> method.steps, method.schedule()(1600)
     (1650, 0.2)
     """
+
+    comparable: ClassVar[bool] = False  # it is for models that were trained with it
 
     relu_steps: int = Field(5000, ge=0, description="T₀, steps of training with ReLU before the penalty")
     peaks: tuple[float, ...] = Field((5e-3, 5e-2, 5e-2, 2e-1, 2e-1), description="λ at the end of each stage")

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -216,6 +216,8 @@ class ReLUPredictor(ActivationMethod):
     >>> ReLUPredictor(hidden=64).cutoff
     0.5
     """
+
+    comparable: ClassVar[bool] = False  # it is for ReLU models
 
     hidden: int = Field(256, ge=1, description="inner width of the predictors")
     cutoff: float = Field(0.5, gt=0, lt=1, description="probability above which a neuron is computed")

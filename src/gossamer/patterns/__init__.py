@@ -3,7 +3,7 @@
 from gossamer.patterns.area import AreaMeter, causal_pairs
 from gossamer.patterns.budget import Budget, resolve
 from gossamer.patterns.neurons import NeuronRule
-from gossamer.patterns.quantiles import MagnitudeSketch, exact_quantile
+from gossamer.patterns.quantiles import MagnitudeSketch, exact_quantile, threshold_at
 from gossamer.patterns.schedules import SineStages
 from gossamer.patterns.trees import Tree, best_tree, expected_tokens
 
@@ -19,4 +19,5 @@ __all__ = [
     "exact_quantile",
     "expected_tokens",
     "resolve",
+    "threshold_at",
 ]
