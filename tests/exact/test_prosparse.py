@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import math
-from typing import Any
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -42,6 +44,7 @@ from gossamer.ops import NeuronWeights, sparse_mlp
 from gossamer.patterns import NeuronRule
 from gossamer.recipe import Recipe
 from gossamer.registry import make
+from gossamer.testing_activations import ActivationCase, ActivationContract
 
 IDS = torch.arange(1, 13)[None]
 SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -581,3 +584,34 @@ def test_weights_that_are_not_finite_are_seen() -> None:
         assert logits(model, IDS[:, :1]).isnan().any()  # a NaN is kept, not skipped
     with pytest.raises(InputError, match="not finite"):
         ProSparse(relu_steps=1, peaks=(), ends=()).train(model, batches(1), Plan(steps=1))
+
+
+# -- the family's contract ----------------------------------------------------------------------------------------------
+
+
+@cache
+def _relu_model(family: str, seed: int = 0) -> Any:
+    model = tiny_model(family, seed)
+    relufy(model)
+    return model
+
+
+class ReLUCase(ActivationCase):
+    """On a ReLU model."""
+
+    @property
+    def model(self) -> Any:
+        return _relu_model(self.family)
+
+
+class TestProSparse(ActivationContract):
+    cases: ClassVar[Sequence[ActivationCase]] = [
+        ReLUCase("prosparse", {"threshold": 0.2}, dense={"threshold": 0.0}, sparser={"threshold": 0.6}, family=family)
+        for family in ("llama", "gemma", "gpt2")
+    ]
+
+    @pytest.fixture(autouse=True)
+    def _relu_models(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(
+            "gossamer.testing_activations.tiny_model", lambda f, seed=0: copy.deepcopy(_relu_model(f, seed))
+        )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from gossamer.errors import CalibrationError, InputError, ModelError
 from gossamer.hf import mlp_views
 from gossamer.models import fingerprint, tiny_model
 from gossamer.registry import make
+from gossamer.testing_activations import ActivationCase, ActivationContract
 
 METHOD = ReLUPredictor(hidden=32, epochs=2, pair_batch=32)
 
@@ -196,3 +199,60 @@ def test_bad_input_is_one_clear_line(tmp_path: Any) -> None:
 
 def test_no_rule_before_the_first_token() -> None:
     assert PredictedNeurons([ActivationPredictor(2, 2, 2)], 0.5).rule(0) is None
+
+
+# -- the family's contract ----------------------------------------------------------------------------------------------
+
+
+@cache
+def _relu_model(family: str, seed: int = 0) -> Any:
+    model = tiny_model(family, seed)
+    relufy(model)
+    return model
+
+
+class ReLUCase(ActivationCase):
+    """On a ReLU model."""
+
+    @property
+    def model(self) -> Any:
+        return _relu_model(self.family)
+
+    def calibration(self) -> Calibration:
+        return _learned(self.family)
+
+
+@cache
+def _learned(family: str) -> Calibration:
+    return METHOD.calibrate(_relu_model(family), ids(4, 48, seed=11))
+
+
+class TestReLUPredictor(ActivationContract):
+    cases: ClassVar[Sequence[ActivationCase]] = [ReLUCase("relu-predictor", dense=None, sparser=None)]
+
+    @pytest.fixture(autouse=True)
+    def _relu_models(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(
+            "gossamer.testing_activations.tiny_model", lambda f, seed=0: copy.deepcopy(_relu_model(f, seed))
+        )
+
+    def test_the_reported_share_is_the_counted_share(self, case: ActivationCase) -> None:
+        """Its rules come with each token; the naive version is in `test_only_named_neurons_are_computed`."""
+        with self.attach(case) as handle:
+            assert handle.mlp is not None
+            policy = handle.mlp.policy
+            case.model(ids(2, 7))
+            shares = [float(policy.rule(i).predicted.float().mean()) for i in range(2)]  # type: ignore[union-attr]
+            assert handle.report()["neurons_kept_by_layer"] == pytest.approx(shares)
+
+    def test_counted_bytes_are_the_promised_bytes(self, case: ActivationCase) -> None:
+        """Of a single row; several compute all."""
+        with self.attach(case) as handle:
+            case.model(ids(1, 1))
+            report = handle.report()
+            assert handle.mlp is not None
+            want = sum(
+                case.method().io_bytes(view.channels, view.neurons, float(meter.totals[1][3]), 4)
+                for view, meter in zip(handle.mlp.views, handle.mlp.meters, strict=True)
+            )
+        assert report["mlp_bytes_read"] == round(want) > 0

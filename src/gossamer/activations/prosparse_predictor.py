@@ -257,6 +257,10 @@ class ReLUPredictor(ActivationMethod):
                 facts["sparsity"].append(fit.sparsity)
         return Calibration(self.slug, fingerprint(model), tensors, facts)
 
+    def io_bytes(self, channels: int, neurons: int, kept: float, element_size: int, gated: bool = True) -> float:
+        """Only rows of predicted neurons, the gate's too; the predictor's own bytes are in the report."""
+        return channels * element_size * (3 if gated else 2) * kept
+
     @staticmethod
     def _pairs(model: nn.Module, tokens: Tensor, views: list[MLPView]) -> dict[MLPView, tuple[Tensor, Tensor]]:
         chosen = {view.index for view in views}
