@@ -189,7 +189,7 @@ def test_gathered_masked_and_naive_agree(routing, side, bias, scale, size):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("side", ["in", "out"])
-@pytest.mark.parametrize("shape", [(1,), (1, 1), (3, 1), (2, 5), (40,)])
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (3, 1), (2, 5), (40,), (2, 0)])
 def test_a_map_gives_the_same_with_and_without_gradients(side, shape, dtype):
     router = SubDimRouter(WIDTH, GROUPS)
     sizes = (WIDTH, 24) if side == "in" else (24, WIDTH)
@@ -329,13 +329,15 @@ def test_the_model_takes_its_balance_once_and_weighs_it():
     model(ids(2, 9))
     parts = [router.balance for router in model.routers()]
     assert len(parts) == 4
-    assert model.balance_loss().item() == pytest.approx(0.25 * sum(float(p) for p in parts), rel=1e-6)
+    assert model.balance_loss().item() == pytest.approx(0.25 * sum(p.item() for p in parts), rel=1e-6)
     assert model.balance_loss().item() == 0
     plain = model(ids(2, 9)).logits
     penalty = model.balance_loss()
     entropy = F.cross_entropy(plain[:, :-1].flatten(0, 1), ids(2, 9)[:, 1:].flatten())
     assert model(ids(2, 9), labels=ids(2, 9)).loss.item() == pytest.approx((entropy + penalty).item(), rel=1e-5)
     model.eval()
+    model(ids(2, 9))
+    assert all(router.balance is None for router in model.routers())
     assert model(ids(2, 9), labels=ids(2, 9)).loss.item() == pytest.approx(entropy.item(), rel=1e-5)
     assert model(ids(2, 9), labels=ids(2, 9), return_dict=False)[0].item() == pytest.approx(entropy.item(), rel=1e-5)
 
@@ -451,6 +453,12 @@ def test_expansion_keeps_the_active_cost():
     one, two = costs(MoHD(active=1.0).apply(llama)), costs(MoHD(active=0.5).expand(llama, 2))
     assert two.routed == 2 * one.routed
     assert two.routed_active == one.routed_active
+    for times, active, share in ((2, 0.5, 1), (3, 0.5, 1.5), (2, 1.0, 2)):
+        wide = MoHD(active=active).expand(llama, times).model.layers[0]
+        narrow = llama.model.layers[0]
+        want = narrow.mlp.up_proj.weight.repeat(1, times) / share
+        torch.testing.assert_close(wide.mlp.up_proj.weight, want)
+        assert torch.equal(wide.self_attn.o_proj.weight, narrow.self_attn.o_proj.weight.repeat(times, 1))
 
 
 # -- training ---------------------------------------------------------------------------------------------------------

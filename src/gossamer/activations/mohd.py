@@ -22,7 +22,7 @@ The paper's full text was not at hand. What follows its abstract and a public re
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from gossamer.activations.mohd_fusion import BlockFusion, Fusion, MonarchFusion, monarch
 from gossamer.activations.mohd_layers import MoHDLinear, read_active, write_active
-from gossamer.activations.mohd_model import MoHDConfig, MoHDCost, MoHDForCausalLM, costs
+from gossamer.activations.mohd_model import MoHDConfig, MoHDCost, MoHDForCausalLM, Reading, costs
 from gossamer.activations.mohd_routing import Routing, Scale, SubDimRouter, group_counts, group_gains
 from gossamer.calibration import Calibration
 from gossamer.errors import InputError, ModelError
@@ -89,9 +89,7 @@ class MoHD(Method):
     shared: float = Field(0.375, ge=0, le=1, description="φ, share of the groups that every token uses; at most active")
     scale: Scale = Field("preserve", description="α: preserve (mean gain 1), sum (N·Σg) or none")
     fusion: Fusion = Field("monarch", description="group fusion behind each write: monarch, block or none")
-    reading: Literal["residual", "neurons"] = Field(
-        "residual", description="what is routed: the residual width, or the MLP's neurons"
-    )
+    reading: Reading = Field("residual", description="what is routed: the residual width, or the MLP's neurons")
     balance: float = Field(0.01, ge=0, description="λ_b, weight of the balance loss of each router")
 
     @model_validator(mode="after")

@@ -146,7 +146,7 @@ class MoHDLinear(nn.Linear):
                 routing = router(input)
             else:
                 raise InputError("mohd: a write needs the routing of its sub-layer's input")
-        skips = input.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        skips = input.is_cpu and input.numel() > 0 and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
         if self.side == "in":
             if skips:
                 return read_active(input, routing, self.weight, self.bias)

@@ -14,7 +14,7 @@ Idle groups of h are zero behind the activation unless a Monarch fusion mixes th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -36,7 +36,7 @@ from gossamer.activations.mohd_fusion import BlockFusion, Fusion, MonarchFusion,
 from gossamer.activations.mohd_layers import MoHDLinear, Side
 from gossamer.activations.mohd_routing import Scale, SubDimRouter, group_counts
 
-READINGS = ("residual", "neurons")
+Reading = Literal["residual", "neurons"]
 
 
 @strict
@@ -66,9 +66,8 @@ class MoHDConfig(LlamaConfig):  # type: ignore[misc]
         width = self.hidden_size if self.reading == "residual" else self.intermediate_size
         if width % self.groups:
             raise ValueError(f"the routed width {width} is no multiple of groups={self.groups}")
-        choices = {"scale": Scale, "fusion": Fusion, "reading": None}
-        for name, kind in choices.items():
-            known = READINGS if kind is None else kind.__args__  # type: ignore[attr-defined]
+        for name, kind in (("scale", Scale), ("fusion", Fusion), ("reading", Reading)):
+            known = get_args(kind)
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is one of {', '.join(known)}, not {getattr(self, name)!r}")
 

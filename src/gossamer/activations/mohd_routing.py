@@ -130,7 +130,7 @@ class SubDimRouter(nn.Module):
         scale: α, as in `group_gains`.
 
     Attributes:
-        balance: the balance loss of the last training forward, without a coefficient; `take_balance` fetches it.
+        balance: the balance loss of the last forward if it was one of training, without a coefficient; `take_balance` fetches it.
         decision: the running sub-layer's routing, and the state that it was made from.
 
     Raises:
@@ -165,8 +165,8 @@ class SubDimRouter(nn.Module):
             raise InputError(f"mohd: the router takes states of width {self.width}, got {tuple(x.shape)}")
         logits = F.linear(x.float(), self.centroids.float())
         units = top_units(logits, self.active_groups, self.shared_groups)
-        if self.training and torch.is_grad_enabled():
-            self.balance = balance_loss(logits.softmax(-1), units, self.shared_groups)
+        learning = self.training and torch.is_grad_enabled()
+        self.balance = balance_loss(logits.softmax(-1), units, self.shared_groups) if learning else None
         return Routing(units, group_gains(logits, units, self.scale), self.shared_groups)
 
     @contextmanager
