@@ -29,7 +29,7 @@ from gossamer.models import Plan, bits_per_byte, byte_model, train
 from gossamer.reproductions.base import Outcome, Progress, Reproduction
 
 SEEDS = (0, 1)
-STEPS, BATCH, CONTEXT, BYTES = 1000, 8, 128, 5_000_000
+STEPS, BATCH, CONTEXT, BYTES = 1000, 8, 96, 5_000_000
 STRETCHES, FREQUENT = 128, 0.005
 THRESHOLDS = {"correlation": -0.9, "loss": 1.01, "f1": 0.05}
 ARMS: dict[str, MoEX | None] = {
