@@ -187,3 +187,13 @@ def test_gradients_take_the_reference():
     x = torch.randn(1, 4, requires_grad=True)
     sparse_mlp(x, weights, threshold=torch.tensor(0.0)).sum().backward()
     assert x.grad is not None
+
+
+def test_compiles_and_passes_the_operator_check():
+    weights = weights_of(16, 8, torch.float32)
+    parts = [getattr(weights, name + part) for name in ("gate", "up", "down") for part in ("", "_bias", "_scale")]
+    counts, threshold = torch.zeros(2, dtype=torch.int64), torch.tensor(0.1)
+    x = torch.randn(1, 8)
+    torch.library.opcheck(torch.ops.gossamer.sparse_mlp, (x, *parts, "silu", threshold, None, None, counts))
+    call = torch.compile(lambda x: sparse_mlp(x, weights, threshold) + 1, backend="eager", fullgraph=True)
+    torch.testing.assert_close(call(x), sparse_mlp(x, weights, threshold) + 1)

@@ -42,6 +42,12 @@ def test_kernels_compile_for_an_h100(tmp_path):
         "_join",
         "_prefill",
         "_walk",
+        "_gate",
+        "_product",
+        "_down",
+        "_list_changes",
+        "_list_channels",
+        "_sum_rows",
     }
 
 
@@ -53,8 +59,10 @@ def main():
 
     from gossamer.gpu.attention_row import attention_row, decode_attention_with_row
     from gossamer.gpu.attention_statistics import attention_columns
+    from gossamer.gpu.channel_sparse_linear import channel_sparse_linear
     from gossamer.gpu.compact_rows import compact_rows
     from gossamer.gpu.decode_attention import decode_attention
+    from gossamer.gpu.delta_linear import delta_linear
     from gossamer.gpu.key_scores import key_scores
     from gossamer.gpu.labels import append_labels, label_scores
     from gossamer.gpu.merge_rows import merge_rows
@@ -62,7 +70,8 @@ def main():
     from gossamer.gpu.prefill_attention import block_sparse_attention, vertical_slash_attention
     from gossamer.gpu.quantized_kv import quantized_decode_attention
     from gossamer.gpu.select_topk import select_topk
-    from gossamer.ops import LabelCache, QuantizedRows
+    from gossamer.gpu.sparse_mlp import sparse_mlp
+    from gossamer.ops import LabelCache, NeuronWeights, QuantizedRows
 
     class H100:
         def get_current_target(self):
@@ -110,6 +119,19 @@ def main():
     compact_rows(torch.zeros(2, 4, 2048, 20, dtype=torch.uint8), ids(2, 4, 256), 2048)
     decode_attention(query, key, key, indices=ids(2, 16, 64), scale=1.0)
     block_sparse_attention(prompt[:, :, :64], key, key, ids(2, 16, 4, 9), ids(2, 16, 4), 16, 128, None, None, 1.0)
+    for rows, dtype, kind in (
+        (1, torch.float32, torch.int32),
+        (8, torch.bfloat16, torch.int16),
+        (3, torch.float16, torch.int16),
+    ):
+        codes, weight = torch.zeros(rows, 4096, dtype=kind), torch.zeros(4096, 11008, dtype=dtype)
+        delta_linear(torch.zeros(rows, 11008), codes, codes.clone(), weight, torch.ones(4096 if rows > 1 else 1))
+        x = torch.zeros(rows, 4096, dtype=dtype)
+        for limit in (None, torch.tensor(0.5), torch.zeros(4096)):
+            channel_sparse_linear(x, weight, limit, None, None, None)
+        channel_sparse_linear(
+            x, weight.to(torch.int8), limit, torch.zeros(11008), torch.zeros(4096), ids(rows + 1).long()
+        )
     select_topk(torch.zeros(2, 4, 500), 256, starts=ids(2), lengths=ids(2))
     select_topk(torch.zeros(1, 4, 200000), 256)  # in chunks
     for bits, r in ((1, 32), (4, 32), (8, 128), (12, 40), (16, 128)):
@@ -133,6 +155,15 @@ def main():
         how = {"recent": None, "split": 2048, "scale": 1.0}
         quantized_decode_attention(query, key, value, starts=ids(2), lengths=ids(2), **how)
         quantized_decode_attention(query, key, value, indices=ids(2, 4, 256), counts=ids(2, 4), **how)
+    for rows, dtype, activation in (
+        (1, torch.bfloat16, "silu"),
+        (8, torch.float32, "gelu"),
+        (2, torch.float16, "gelu_tanh"),
+    ):
+        matrices = [torch.zeros(11008, 4096, dtype=dtype) for _ in range(3)]
+        weights = NeuronWeights(*matrices, activation=activation)
+        sparse_mlp(torch.zeros(rows, 4096, dtype=dtype), weights, torch.tensor(0.5), None, None, None)
+    sparse_mlp(torch.zeros(1, 4096), weights.quantized(), None, None, ids(99), None)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from gossamer.hf import AttentionRuntime, model_shape
 from gossamer.measure import cost as costs
 from gossamer.measure.quality import Scores
 from gossamer.measure.results import Cost, Estimate, MethodResult, Quality, Selection, Spread
+from gossamer.policies import PolicyMethod
 from gossamer.recipe import Recipe
 
 #: Stretches that the context is cut into for the picture of what was read.
@@ -152,10 +153,10 @@ def row_of(model: nn.Module, m: Measured, dense: Measured, context: int) -> Meth
 
 
 def _cost(model: nn.Module, m: Measured, dense: Measured, context: int) -> Cost:
-    formula = None
-    if len(m.entry.recipe.steps) == 1 and hasattr(m.entry.method, "io_bytes"):
+    formula: dict[str, float] | None = None
+    if len(m.entry.recipe.steps) == 1 and isinstance(m.entry.method, PolicyMethod):
         element = next(model.parameters()).element_size()
-        formula = m.entry.method.io_bytes(context, model_shape(model), element)
+        formula = dict(m.entry.method.io_bytes(context, model_shape(model), element))
     return Cost(
         prefill_ms=Spread.of(m.prefill_ms or dense.prefill_ms),
         token_ms=Spread.of(m.times.step) if m.times.step else None,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gossamer.errors import InputError
 from gossamer.ops._checks import raise_status
-from gossamer.ops._dispatch import DTYPE_CODES, native, resolve
+from gossamer.ops._dispatch import DTYPE_CODES, native, resolve, triton_call
 from gossamer.ops.linear import MAX_ROWS
 
 _OP = "sparse_mlp"
@@ -154,17 +154,33 @@ def sparse_mlp(
         raise InputError(f"{_OP}: counts must have shape [{x.shape[0] + 1}], got {list(counts.shape)}")
     if weights.gate.dtype not in (x.dtype, torch.int8) or not x.dtype.is_floating_point:
         raise InputError(f"{_OP}: x is {x.dtype}, the weights are {weights.gate.dtype}")
-    if resolve(_OP, _OP, x) != "native" or not _native_takes(x, weights):
-        return _reference(x, weights, threshold, count, indices, counts)
-    return run_native(x.contiguous(), weights, threshold, count, indices, counts)
+    if torch.compiler.is_compiling():
+        parts = [getattr(weights, name + part) for name in ("gate", "up", "down") for part in ("", "_bias", "_scale")]
+        traced: Tensor = torch.ops.gossamer.sparse_mlp(x, *parts, weights.activation, threshold, count, indices, counts)
+        return traced
+    return _run(x, weights, threshold, count, indices, counts)
 
 
-def _native_takes(x: Tensor, weights: NeuronWeights) -> bool:
+def _run(
+    x: Tensor,
+    weights: NeuronWeights,
+    threshold: Tensor | None,
+    count: int | None,
+    indices: Tensor | None,
+    counts: Tensor | None,
+) -> Tensor:
+    backend = resolve(_OP, _OP, x, weights.gate, weights.up, weights.down)
+    if backend == "triton":
+        out: Tensor = triton_call(_OP, _OP)(x, weights, threshold, count, indices, counts)
+        return out
+    if backend == "native" and _native_takes(weights):
+        return run_native(x.contiguous(), weights, threshold, count, indices, counts)
+    return _reference(x, weights, threshold, count, indices, counts)
+
+
+def _native_takes(weights: NeuronWeights) -> bool:
     parts = [getattr(weights, name + part) for name in ("gate", "up", "down") for part in ("", "_bias", "_scale")]
-    known = [part for part in parts if part is not None]
-    if torch.is_grad_enabled() and any(part.requires_grad for part in known):
-        return False
-    return all(part.is_cpu and part.stride(-1) == 1 for part in known)
+    return all(part.is_cpu and part.stride(-1) == 1 for part in parts if part is not None)
 
 
 def run_native(
@@ -232,3 +248,34 @@ def _reference(
         counts[:-1] = kept.sum(-1)
         counts[-1] = kept.any(0).sum()
     return out.to(x.dtype)
+
+
+def _traced(
+    x: Tensor,
+    gate: Tensor,
+    gate_bias: Tensor | None,
+    gate_scale: Tensor | None,
+    up: Tensor,
+    up_bias: Tensor | None,
+    up_scale: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    down_scale: Tensor | None,
+    activation: str,
+    threshold: Tensor | None,
+    count: int | None,
+    indices: Tensor | None,
+    counts: Tensor | None,
+) -> Tensor:
+    weights = NeuronWeights(
+        gate, up, down, gate_bias, up_bias, down_bias, gate_scale, up_scale, down_scale, activation=activation
+    )
+    return _run(x, weights, threshold, count, indices, counts)
+
+
+_custom = torch.library.custom_op("gossamer::sparse_mlp", _traced, mutates_args=("counts",))
+
+
+@_custom.register_fake
+def _fake(x: Tensor, *rest: object) -> Tensor:
+    return x.new_empty(x.shape)
