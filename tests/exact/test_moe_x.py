@@ -516,7 +516,7 @@ def test_fresh_experts_are_seeded_and_narrow(router: str) -> None:
 def test_transformers_own_loss_includes_the_balance() -> None:
     model = MoEX(n_experts=4, balance=5.0).apply(tiny_model("gpt2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
     tokens = ids()
-    plainly = float(model(tokens, labels=tokens).loss)
+    plainly = float(model(tokens, labels=tokens).loss.detach())
     model.train()
     out = model(tokens, labels=tokens)
     assert float(out.loss.detach()) > plainly + 2 * 5.0
