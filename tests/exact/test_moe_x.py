@@ -508,15 +508,15 @@ def test_fresh_experts_are_seeded_and_narrow(router: str) -> None:
     first, same, differs = (moe_layers(model)[0] for model in (one, two, other))
     assert torch.equal(first.encoder, same.encoder)
     assert not torch.equal(first.encoder, differs.encoder)
-    assert float(first.encoder.std()) == pytest.approx(0.02, rel=0.05)
-    assert float(first.decoder.std()) == pytest.approx(0.01, rel=0.05)  # 0.02/√(2·2 layers)
+    assert float(first.encoder.detach().std()) == pytest.approx(0.02, rel=0.05)
+    assert float(first.decoder.detach().std()) == pytest.approx(0.01, rel=0.05)  # 0.02/√(2·2 layers)
     assert (first.router is None) is (router == "sparsity")
 
 
 def test_transformers_own_loss_includes_the_balance() -> None:
     model = MoEX(n_experts=4, balance=5.0).apply(tiny_model("gpt2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
     tokens = ids()
-    plainly = float(model(tokens, labels=tokens).loss)
+    plainly = float(model(tokens, labels=tokens).loss.detach())
     model.train()
     out = model(tokens, labels=tokens)
     assert float(out.loss.detach()) > plainly + 2 * 5.0

@@ -20,6 +20,7 @@ Decisions where the card leaves room:
   and copies where D = H. Units that are used twice get noise, or identical experts would tie for ever. Decoders are
   scaled by H/D, so that the mean over all experts is the dense MLP. A gated MLP hands over its gate and down matrices: a
   start for training, not an approximation.
+* The layer has no dropout (the paper's is 0), whatever the dense model's configuration says of its MLPs.
 * The learned router of the baseline (`router="linear"`, as in Switch Transformers) scores by a matrix; all else is equal.
 """
 

@@ -8,6 +8,13 @@ MoE-X does; only its scores differ.
 Coverage is over all units of all layers, labels being classes of bytes and of places in words and lines that hold for at
 least 0.5 % of the tokens. F1 of classifiers that were chosen on one half of the text and tested on the other stands beside
 it, and so does each arm before training; they decide nothing.
+
+What was found: the router, the sparsity and the loss are as claimed; the gain in F1 (0.009) is not there on these labels. It
+goes both ways with how common a label is. Of the ten labels that hold for less than 5 % of the tokens the best unit of
+MoE-X has 0.769 in the mean and the dense model's 0.693; of the ten above 10 % it is 0.609 against 0.666. A unit of an expert
+that a quarter of the tokens choose can't fire for all of a class that half of them are in, so one unit has no recall there;
+the paper's properties of chess boards are rare ones. The two learned routers show the same, so it is a matter of experts
+and not of this router. The first layer alone gains 0.048, nearly what was asked.
 """
 
 from __future__ import annotations
@@ -29,7 +36,7 @@ from gossamer.models import Plan, bits_per_byte, byte_model, train
 from gossamer.reproductions.base import Outcome, Progress, Reproduction
 
 SEEDS = (0, 1)
-STEPS, BATCH, CONTEXT, BYTES = 1000, 8, 128, 5_000_000
+STEPS, BATCH, CONTEXT, BYTES = 1000, 8, 96, 5_000_000
 STRETCHES, FREQUENT = 128, 0.005
 THRESHOLDS = {"correlation": -0.9, "loss": 1.01, "f1": 0.05}
 ARMS: dict[str, MoEX | None] = {
