@@ -23,10 +23,10 @@ Decisions where the card leaves room:
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal, cast
+from typing import Literal, Self, cast
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from gossamer.activations.base import ActivationMethod, Progress, device_of
@@ -106,6 +106,12 @@ class CHESS(ActivationMethod):
         "pooled", description="of all calibration values, or means over groups of blocks as released"
     )
     group: int = Field(4, ge=1, description="blocks of a group, where quantiles are means")
+
+    @model_validator(mode="after")
+    def _eight_bits_are_of_mlps(self) -> Self:
+        if self.int8 and self.parts == "attention":
+            raise ValueError("int8 is for the weights of MLPs, which parts='attention' leaves alone")
+        return self
 
     @property
     def slots(self) -> tuple[str, ...]:
