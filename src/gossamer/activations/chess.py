@@ -147,7 +147,7 @@ class CHESS(ActivationMethod):
             tables = [_second_pass(model, group, tensors, progress) for group in groups]
             for kind in MOMENTS:
                 tensors[f"scores.{kind}"] = torch.stack([part[kind] for part in tables]).mean(0)
-        facts = {"tokens": tokens.numel(), "quantiles": self.quantiles}
+        facts = {"tokens": tokens.numel(), "quantiles": self.quantiles, "groups": len(groups)}
         return Calibration(self.slug, fingerprint(model), tensors, facts)
 
     def thresholds(self, calibration: Calibration) -> Tensor:
