@@ -142,10 +142,15 @@ class Method(BaseModel):
 
 @dataclass(eq=False)
 class Handle:
-    """Methods attached to a model: a context manager whose end, like `detach`, restores the model bit for bit."""
+    """Methods attached to a model: a context manager whose end, like `detach`, restores the model bit for bit.
+
+    Attributes:
+        generator: stands in for the model's `generate` where a method has a decoding loop of its own.
+    """
 
     undo: list[Callable[[], None]] = field(default_factory=list)
     reports: list[Callable[[], dict[str, Any]]] = field(default_factory=list)
+    generator: Callable[..., Any] | None = field(default=None, kw_only=True)
 
     def detach(self) -> None:
         """Undo, last first; safe to call twice."""
@@ -169,7 +174,13 @@ class Handle:
 M = TypeVar("M", bound=type[Method])
 _METHODS: dict[str, type[Method]] = {}
 #: Modules that register the methods of this package, one family a line. Nothing is found by walking folders.
-_BUILT_IN: tuple[str, ...] = ("gossamer.attention", "gossamer.cache", "gossamer.activations", "gossamer.weights")
+_BUILT_IN: tuple[str, ...] = (
+    "gossamer.attention",
+    "gossamer.cache",
+    "gossamer.activations",
+    "gossamer.weights",
+    "gossamer.decoding",
+)
 _loaded: set[str] = set()
 
 

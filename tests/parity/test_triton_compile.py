@@ -45,6 +45,9 @@ def test_kernels_compile_for_an_h100(tmp_path):
         "_gate",
         "_product",
         "_down",
+        "_list_changes",
+        "_list_channels",
+        "_sum_rows",
     }
 
 
@@ -56,8 +59,10 @@ def main():
 
     from gossamer.gpu.attention_row import attention_row, decode_attention_with_row
     from gossamer.gpu.attention_statistics import attention_columns
+    from gossamer.gpu.channel_sparse_linear import channel_sparse_linear
     from gossamer.gpu.compact_rows import compact_rows
     from gossamer.gpu.decode_attention import decode_attention
+    from gossamer.gpu.delta_linear import delta_linear
     from gossamer.gpu.key_scores import key_scores
     from gossamer.gpu.labels import append_labels, label_scores
     from gossamer.gpu.merge_rows import merge_rows
@@ -114,6 +119,19 @@ def main():
     compact_rows(torch.zeros(2, 4, 2048, 20, dtype=torch.uint8), ids(2, 4, 256), 2048)
     decode_attention(query, key, key, indices=ids(2, 16, 64), scale=1.0)
     block_sparse_attention(prompt[:, :, :64], key, key, ids(2, 16, 4, 9), ids(2, 16, 4), 16, 128, None, None, 1.0)
+    for rows, dtype, kind in (
+        (1, torch.float32, torch.int32),
+        (8, torch.bfloat16, torch.int16),
+        (3, torch.float16, torch.int16),
+    ):
+        codes, weight = torch.zeros(rows, 4096, dtype=kind), torch.zeros(4096, 11008, dtype=dtype)
+        delta_linear(torch.zeros(rows, 11008), codes, codes.clone(), weight, torch.ones(4096 if rows > 1 else 1))
+        x = torch.zeros(rows, 4096, dtype=dtype)
+        for limit in (None, torch.tensor(0.5), torch.zeros(4096)):
+            channel_sparse_linear(x, weight, limit, None, None, None)
+        channel_sparse_linear(
+            x, weight.to(torch.int8), limit, torch.zeros(11008), torch.zeros(4096), ids(rows + 1).long()
+        )
     select_topk(torch.zeros(2, 4, 500), 256, starts=ids(2), lengths=ids(2))
     select_topk(torch.zeros(1, 4, 200000), 256)  # in chunks
     for bits, r in ((1, 32), (4, 32), (8, 128), (12, 40), (16, 128)):

@@ -25,6 +25,7 @@ from gossamer.ops import (  # noqa: E402
     QuantizedRows,
     append_labels,
     block_sparse_attention,
+    channel_sparse_linear,
     compact_rows,
     decode_attention,
     key_scores,
@@ -42,6 +43,7 @@ from gossamer.ops import (  # noqa: E402
 )
 from gossamer.ops.attention_row import attention_row, decode_attention_with_row  # noqa: E402
 from gossamer.ops.attention_statistics import attention_columns  # noqa: E402
+from gossamer.ops.delta_linear import delta_linear  # noqa: E402
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 TOLERANCE = {F32: 2e-5, BF16: 2e-2, F16: 3e-3}
@@ -589,3 +591,53 @@ def test_sparse_mlp(dtype, rows, activation):
         want, got = both(call)
         close(want, got, kind)
         assert torch.equal(*seen)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind", "rows"), [(F32, torch.int32, 1), (BF16, torch.int16, 3), (F16, torch.int32, 8)]
+)
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "density"), [(600, 130, 0.1), (40, 5, 1.0), (512, 128, 0.0), (0, 9, 0.0)]
+)
+def test_delta_linear(dtype, kind, rows, inputs, outputs, density):
+    wide = torch.full((inputs, outputs + 7), math.nan, dtype=dtype)
+    weight = wide[:, 2 : outputs + 2]
+    weight.copy_(torch.randn(inputs, outputs) / 8)
+    before = torch.randint(-30, 30, (rows, inputs + 5)).to(kind)
+    now = torch.where(torch.rand(rows, inputs + 5) < density, before + 3, before)
+    step = torch.rand(inputs) if rows > 1 else torch.tensor(0.25)
+    start = torch.randn(rows, outputs)
+
+    def call():
+        output, previous = start.clone(), before.clone()
+        counts = delta_linear(output, now[:, 2:-3], previous[:, 2:-3], weight, step)
+        return output, previous, counts
+
+    (output, previous, counts), got = both(call)
+    close(output, got[0], F32)
+    assert torch.equal(previous, got[1])
+    assert torch.equal(counts, got[2])
+    assert got[2].dtype is torch.int32
+
+
+@pytest.mark.parametrize(("dtype", "rows"), [(F32, 1), (BF16, 3), (F16, 8)])
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize(("inputs", "outputs"), [(600, 130), (40, 5), (0, 9)])
+def test_channel_sparse_linear(dtype, rows, int8, inputs, outputs):
+    x = torch.randn(rows, 2 * inputs).to(dtype)[:, ::2]
+    if inputs:
+        x[0, 0] = math.nan
+    weight, scale = (torch.randn(inputs, outputs) / 8).to(dtype), None
+    if int8:
+        weight, scale = torch.randint(-127, 128, (inputs, outputs), dtype=torch.int8), torch.rand(inputs) / 1000
+    for threshold in (None, torch.tensor(1.0), torch.rand(inputs) * 2, torch.tensor(1e9)):
+        bias = None if threshold is None else torch.randn(outputs).to(dtype)
+
+        def call(threshold=threshold, bias=bias):
+            counts = torch.zeros(rows + 1, dtype=torch.int64)
+            return channel_sparse_linear(x, weight, threshold, bias, scale=scale, counts=counts), counts
+
+        (out, counts), (got, got_counts) = both(call)
+        assert got.dtype is dtype
+        torch.testing.assert_close(got, out, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype], equal_nan=True)
+        assert torch.equal(counts, got_counts)

@@ -158,6 +158,33 @@ struct SparseMlpArgs {
   int threads;
 };
 
+struct ChannelSparseArgs {
+  const void *x, *weight, *bias;  // [M,K], [K,N], [N] or null
+  const float *threshold, *scale;  // [K] or one, or null for 0; [K] or null
+  void* out;                       // [M,N], contiguous
+  int64_t* counts;                 // [M+1], or null
+  int64_t x_row, w_row;
+  int64_t rows, columns, outputs;  // M, K, N
+  bool per_channel, int8;
+  DType dtype;  // of x, and of the weight unless that is int8
+  int threads;
+};
+
+struct DeltaArgs {
+  const void* codes;   // [M,K] int32 or int16
+  void* previous;      // [M,K] of the same
+  const void* weight;  // [K,N]
+  const float* step;   // [K], or one
+  float* out;          // [M,N]
+  int32_t* counts;     // [M]
+  int64_t codes_row, previous_row, w_row, out_row;
+  int64_t rows, columns, outputs;  // M, K, N
+  int code_bytes;
+  bool per_channel;
+  DType dtype;
+  int threads;
+};
+
 struct AttentionRowArgs {
   AttentionArgs attention;  // indices unused; value and out null where only the row is wanted
   float* row;               // [B,Hkv,row_line] of which S are written
@@ -283,6 +310,8 @@ struct Kernels {
   Status (*label_attention)(const LabelAttentionArgs&);
   Status (*linear)(const LinearArgs&);
   Status (*sparse_mlp)(const SparseMlpArgs&);
+  Status (*delta_linear)(const DeltaArgs&);
+  Status (*channel_sparse_linear)(const ChannelSparseArgs&);
   float (*read_all)(const float*, int64_t, int);
   Status (*attention_row)(const AttentionRowArgs&);
   Status (*attention_columns)(const AttentionColumnsArgs&);
@@ -307,6 +336,8 @@ struct Kernels {
   Status label_attention(const LabelAttentionArgs&);       \
   Status linear(const LinearArgs&);                        \
   Status sparse_mlp(const SparseMlpArgs&);                 \
+  Status delta_linear(const DeltaArgs&);                   \
+  Status channel_sparse_linear(const ChannelSparseArgs&);  \
   float read_all(const float* data, int64_t size, int threads); \
   Status attention_row(const AttentionRowArgs&);           \
   Status attention_columns(const AttentionColumnsArgs&);   \

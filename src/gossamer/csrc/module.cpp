@@ -27,6 +27,8 @@ namespace {
     .label_attention = isa::label_attention,                    \
     .linear = isa::linear,                                      \
     .sparse_mlp = isa::sparse_mlp,                              \
+    .delta_linear = isa::delta_linear,                          \
+    .channel_sparse_linear = isa::channel_sparse_linear,        \
     .read_all = isa::read_all,                                  \
     .attention_row = isa::attention_row,                        \
     .attention_columns = isa::attention_columns,                \
@@ -409,6 +411,28 @@ int sparse_mlp(nb::tuple tensors, nb::tuple sizes, intptr_t x, intptr_t out, int
   return call(active->sparse_mlp, a);
 }
 
+int delta_linear(nb::tuple tensors, nb::tuple strides, nb::tuple sizes, int code_bytes, bool per_channel, int dtype,
+                 int threads) {
+  DeltaArgs a{};
+  Reader t(tensors), r(strides), s(sizes);
+  a.codes = t.pointer<void>(), a.previous = t.pointer<void>(), a.weight = t.pointer<void>();
+  a.step = t.pointer<float>(), a.out = t.pointer<float>(), a.counts = t.pointer<int32_t>();
+  a.codes_row = r.next(), a.previous_row = r.next(), a.w_row = r.next(), a.out_row = r.next();
+  a.rows = s.next(), a.columns = s.next(), a.outputs = s.next();
+  a.code_bytes = code_bytes, a.per_channel = per_channel, a.dtype = DType(dtype), a.threads = threads;
+  return call(active->delta_linear, a);
+}
+
+int channel_sparse_linear(nb::tuple tensors, nb::tuple sizes, bool per_channel, bool int8, int dtype, int threads) {
+  ChannelSparseArgs a{};
+  Reader t(tensors), s(sizes);
+  a.x = t.pointer<void>(), a.weight = t.pointer<void>(), a.threshold = t.pointer<float>(), a.bias = t.pointer<void>();
+  a.scale = t.pointer<float>(), a.counts = t.pointer<int64_t>(), a.out = t.pointer<void>();
+  a.x_row = s.next(), a.w_row = s.next(), a.rows = s.next(), a.columns = s.next(), a.outputs = s.next();
+  a.per_channel = per_channel, a.int8 = int8, a.dtype = DType(dtype), a.threads = threads;
+  return call(active->channel_sparse_linear, a);
+}
+
 int attention_row(nb::tuple tensors, nb::tuple strides, nb::tuple sizes, float scale, int dtype, int threads) {
   AttentionRowArgs args{};
   AttentionArgs& a = args.attention;
@@ -564,6 +588,8 @@ NB_MODULE(_native, m) {
   m.def("label_attention", &label_attention);
   m.def("linear", &linear);
   m.def("sparse_mlp", &sparse_mlp);
+  m.def("delta_linear", &delta_linear);
+  m.def("channel_sparse_linear", &channel_sparse_linear);
   m.def("best_match", &best_match);
   m.def("pooled_attention", &pooled_attention);
   m.def("read_all", &read_all);

@@ -12,7 +12,7 @@ Floor. ``(D + 2 kept) * d * itemsize`` bytes read: ``(3 - 2 s) / 3`` of dense at
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -20,7 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from gossamer.gpu import on
-from gossamer.ops.sparse_mlp import NeuronWeights
+
+if TYPE_CHECKING:
+    from gossamer.ops.sparse_mlp import NeuronWeights
 
 _ACTIVATIONS = {"silu": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3}
 

@@ -342,13 +342,15 @@ class AttentionRuntime:
         Raises:
             InputError: a policy is attached, for which a node is no step of its own.
         """
-        if self.decode is not None or self.cache is not None or self.storage is not None or self.prefill is not None:
+        if self.decode is not None or self.cache is not None or self.storage is not None:
             raise InputError("trees of candidates need exact attention: leave sparse attention and cache methods out")
         previous, self.tree = self.tree, tree
+        token = TEACHER_FORCED.set(True)  # each node is a decode step
         try:
             yield
         finally:
             self.tree = previous
+            TEACHER_FORCED.reset(token)
 
     @contextmanager
     def recording(self) -> Iterator[list[tuple[int, int, Tensor, Tensor]]]:
@@ -562,6 +564,12 @@ class AttentionRuntime:
         )
 
 
+def attached_runtime(model: nn.Module) -> AttentionRuntime | None:
+    """The runtime that serves a model's attention now, if any."""
+    found = _RUNTIMES.get(attention_views(model)[0].module)
+    return found() if found is not None else None
+
+
 def _attention(
     module: nn.Module,
     query: Tensor,
@@ -613,6 +621,7 @@ __all__ = [
     "DecodeStats",
     "InputError",
     "LayerView",
+    "attached_runtime",
     "dense_attention",
     "dense_decode",
     "visible_mask",

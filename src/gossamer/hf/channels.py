@@ -31,6 +31,8 @@ class Meter:
         self._known = [[0] * 4, [0] * 4]
         self._device = torch.zeros(2, 4, dtype=torch.int64, device=device)
         self._scratch: dict[int, Tensor] = {}
+        #: Gets every mask that is counted, bool ``[tokens, size]``; masks are made for blocks of more than eight rows.
+        self.watch: Callable[[Tensor], None] | None = None
 
     @property
     def totals(self) -> list[list[int]]:
@@ -61,6 +63,8 @@ class Meter:
     def count_mask(self, decoding: bool, kept: Tensor) -> None:
         """Add a call's mask ``[..., size]``. A block that stands for decode steps counts as so many calls."""
         flat = kept.detach().reshape(-1, self.size)
+        if self.watch is not None:
+            self.watch(flat)
         single = TEACHER_FORCED.get()
         row = self._known[decoding]
         row[0] += len(flat)
@@ -102,16 +106,19 @@ class ChannelForward:
             self.checked = rule
         decoding = is_decoding(x)
         flat = x.reshape(-1, x.shape[-1])
-        if self.mode != "mask" and rule.threshold is not None and gathers(flat, module.weight):
-            weight = by_input(module)
-            if weight.stride(-1) == 1:
-                counts = self.meter.scratch(len(flat))
-                out = channel_sparse_linear(flat, weight, rule.threshold, module.bias, counts=counts)
-                self.meter.count(decoding, counts)
-                return out.view(*x.shape[:-1], -1)
+        weight = by_input(module) if self.mode != "mask" and gathers(flat, module.weight) else None
+        sparse = weight if weight is not None and weight.stride(-1) == 1 else None
+        if sparse is not None and rule.threshold is not None:
+            counts = self.meter.scratch(len(flat))
+            out = channel_sparse_linear(flat, sparse, rule.threshold, module.bias, counts=counts)
+            self.meter.count(decoding, counts)
+            return out.view(*x.shape[:-1], -1)
         kept = rule.mask(x)
         self.meter.count_mask(decoding, kept)
-        return cast(Tensor, type(module).forward(module, torch.where(kept, x, 0)))
+        x = torch.where(kept, x, 0)
+        if sparse is not None:  # the kernel skips exact zeros
+            return channel_sparse_linear(x.view_as(flat), sparse, None, module.bias).view(*x.shape[:-1], -1)
+        return cast(Tensor, type(module).forward(module, x))
 
 
 def gathers(x: Tensor, weight: Tensor) -> bool:

@@ -57,6 +57,8 @@ class _GatedForward:
     def __init__(self, view: MLPView, run: MLPRuntime, meter: Meter) -> None:
         self.view, self.run, self.meter = view, run, meter
         self.matrices = (view.gate, view.up, view.down)
+        self.rule: NeuronRule | None = None
+        self.down = ChannelForward(view.down, lambda _: self.rule, meter, run.mode)
         self.weights: NeuronWeights | None = None
         self.addresses: tuple[int, ...] = ()
         self.checked: NeuronRule | None = None
@@ -77,6 +79,9 @@ class _GatedForward:
         gate, product = view.hidden(x)
         if rule is None:
             run.policy.observe(view.index, gate, product)
+        elif rule.on == "product" and view.parts[2] != "wo" and product.dtype is cast(Any, view.down).weight.dtype:
+            self.rule = rule  # T5 has dropout before its `wo`, and may cast
+            return self.down(product)
         else:
             kept = rule.mask(gate if rule.on == "gate" else product)
             self.meter.count_mask(decoding, kept)
@@ -86,6 +91,8 @@ class _GatedForward:
     def _gather(self, x: Tensor, rule: NeuronRule, decoding: bool) -> Tensor | None:
         """The kernel's result, or None where none serves these rows."""
         flat = x.reshape(-1, x.shape[-1])
+        if rule.shared and len(flat) > 1:
+            return None  # the kernel chooses for each row by itself
         parameters = [cast(Tensor, matrix._parameters["weight"]) for matrix in self.matrices]
         if torch.compiler.is_compiling() or not gathers(flat, parameters[0]):
             return None  # compiled: masked, since what was kept is counted outside of tensors

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gossamer import ops
 from gossamer.errors import InputError, UnknownNameError
-from gossamer.measure import bench_prefill
+from gossamer.measure import bench_activations, bench_prefill
 from gossamer.measure.bandwidth import ReadBandwidth
 from gossamer.ops.attention_row import attention_row, decode_attention_with_row
 from gossamer.ops.attention_statistics import attention_columns
@@ -30,13 +30,16 @@ OPERATORS = (
     "attention_columns",
     "attention_row",
     "block_sparse_attention",
+    "channel_sparse_linear",
     "compact_rows",
     "decode_attention",
+    "delta_linear",
     "label_attention",
     "label_scores",
     "linear",
     "quantized_decode_attention",
     "select_topk",
+    "sparse_mlp",
     "vertical_slash_attention",
 )
 #: Weights [inputs, outputs] that ``linear`` is timed on, and the rows of x.
@@ -88,9 +91,11 @@ def run(
         in groups of 64 or per token, all rows and the sparse share of them), ``attention_columns`` (the last 256 rows of a
         prompt over the context), ``attention_row`` (alone, and with the output, beside our dense kernel), ``compact_rows``
         (one row of the middle dropped, and every second row), or ``linear`` (the weights in ``WEIGHTS`` times 1, 4 and 8
-        rows; contexts and the shape of the attention don't matter to it). ``block_sparse_attention`` and
-        ``vertical_slash_attention`` work on prompts of a shape of their own: see ``measure.bench_prefill``, also for
-        what their rows hold. Of the parameters below they take ``contexts``, ``dtypes`` and ``seed``.
+        rows; contexts and the shape of the attention don't matter to it). ``delta_linear``,
+        ``channel_sparse_linear`` and ``sparse_mlp`` are timed on the weights and shares of inputs or neurons in
+        ``measure.bench_activations``, beside the dense layer. ``block_sparse_attention`` and ``vertical_slash_attention``
+        work on prompts of a shape of their own: see ``measure.bench_prefill``, also for what their rows hold. Of the
+        parameters below they take ``contexts``, ``dtypes`` and ``seed``.
     contexts
         Cached tokens.
     dtypes
@@ -112,7 +117,7 @@ def run(
     (interquartile range over median), ``ratio_to_native_dense, ratio_to_torch`` (how many times faster than that
     variant, medians over the run; None where the case has none), ``bytes`` (what must be read), ``bandwidth`` (bytes
     per second of a plain read in this run) and ``bandwidth_share`` (bytes over median time over bandwidth; can exceed 1
-    where data stays in a cache). ``linear`` has ``weight, inputs, outputs, rows`` in place of the context and heads.
+    where data stays in a cache). Linear layers have ``weight, inputs, outputs, rows`` in place of the context and heads.
     ``attention_columns``, which is bound by arithmetic, has also ``flops``, ``gemm`` (operations per second of a torch
     matrix product of 1024 in this dtype, the best of this run) and ``gemm_share``.
 
@@ -146,6 +151,16 @@ def run(
                     times, bandwidth = _interleave(variants, tiny, repeats, probe)
                     shape = {"weight": name, "inputs": inputs, "outputs": outputs, "rows": count}
                     rows += _rows({"op": op, "dtype": dtype, **shape}, variants, times, bandwidth)
+        return rows
+    if op in bench_activations.OPERATORS:
+        for dtype in dtypes:
+            torch.manual_seed(seed)
+            for shape, *ways in bench_activations.cases(op, DTYPES[dtype]):
+                if progress:
+                    progress(f"{op} {dtype}: {shape['weight']}, {shape['rows']} rows")
+                variants, tiny = ([Variant(*way) for way in part] for part in ways)
+                times, bandwidth = _interleave(variants, tiny, repeats, probe)
+                rows += _rows({"op": op, "dtype": dtype, **shape}, variants, times, bandwidth)
         return rows
     for dtype in dtypes[:1] if op == "select_topk" else dtypes:
         for context in contexts:

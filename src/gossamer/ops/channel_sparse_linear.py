@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from gossamer.errors import InputError
+from gossamer.ops import _checks
+from gossamer.ops._dispatch import DTYPE_CODES, native, resolve, triton_call
 from gossamer.ops.linear import MAX_ROWS
 
 _OP = "channel_sparse_linear"
@@ -51,7 +53,9 @@ def channel_sparse_linear(
     tensor([[1., 2.]])
     """
     check(_OP, x, weight, threshold, bias, scale, counts)
-    return _reference(x, weight, threshold, bias, scale, counts)
+    run = torch.ops.gossamer.channel_sparse_linear if torch.compiler.is_compiling() else _run
+    out: Tensor = run(x, weight, threshold, bias, scale, counts)
+    return out
 
 
 def check(
@@ -72,17 +76,23 @@ def check(
         raise InputError(f"{op}: takes floats, got {x.dtype}")
     if weight.dtype is not x.dtype and not (weight.dtype is torch.int8 and scale is not None):
         raise InputError(f"{op}: weight is {weight.dtype}, x is {x.dtype}; int8 weights need a scale")
-    k, n = weight.shape
-    for name, other, shapes in (
-        ("threshold", threshold, ([], [k])),
-        ("bias", bias, ([n],)),
-        ("scale", scale, ([k],)),
-        ("counts", counts, ([x.shape[0] + 1],)),
+    if weight.stride(1) != 1 and weight.shape[1] > 1:
+        raise InputError(f"{op}: weight needs inner stride 1, got strides {list(weight.stride())}")
+    (rows, k), n = x.shape, weight.shape[1]
+    for name, other, shape, dtype in (
+        ("threshold", threshold, (k,), torch.float32),
+        ("bias", bias, (n,), x.dtype),
+        ("scale", scale, (k,), torch.float32),
+        ("counts", counts, (rows + 1,), torch.int64),
+        ("weight", weight, weight.shape, weight.dtype),
     ):
-        if other is not None and list(other.shape) not in shapes:
-            raise InputError(f"{op}: {name} must have shape {shapes[-1]}, got {list(other.shape)}")
-    for name, other in (("weight", weight), ("threshold", threshold), ("bias", bias), ("scale", scale)):
-        if other is not None and other.device != x.device:
+        if other is None:
+            continue
+        if other.shape != shape and not (other is threshold and other.dim() == 0):
+            raise InputError(f"{op}: {name} must have shape {list(shape)}, got {list(other.shape)}")
+        if other.dtype is not dtype:
+            raise InputError(f"{op}: {name} must be {dtype}, got {other.dtype}")
+        if other.device != x.device:
             raise InputError(f"{op}: {name} is on {other.device}, x on {x.device}")
 
 
@@ -104,3 +114,46 @@ def _reference(
         counts[:-1] = kept.sum(-1)
         counts[-1] = kept.any(0).sum()
     return out.to(x.dtype)
+
+
+def _run(
+    x: Tensor,
+    weight: Tensor,
+    threshold: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    counts: Tensor | None,
+) -> Tensor:
+    backend = resolve(_OP, _OP, x, weight, bias, threshold, scale)
+    if backend == "triton":
+        found: Tensor = triton_call(_OP, _OP)(x, weight, threshold, bias, scale, counts)
+        return found
+    if backend != "native" or not (counts is None or counts.is_contiguous()):
+        return _reference(x, weight, threshold, bias, scale, counts)
+    x, outputs = _checks.row_major(x), weight.shape[1]
+    threshold, bias, scale = (None if t is None else t.contiguous() for t in (threshold, bias, scale))
+    out = torch.empty(x.shape[0], outputs, dtype=x.dtype)
+    native().channel_sparse_linear(
+        tuple(_checks.pointer(t) for t in (x, weight, threshold, bias, scale, counts, out)),
+        (x.stride(0), weight.stride(0), *x.shape, outputs),
+        threshold is not None and threshold.dim() > 0,
+        weight.dtype is torch.int8,
+        DTYPE_CODES[x.dtype],
+        torch.get_num_threads(),
+    )
+    return out
+
+
+_custom = torch.library.custom_op("gossamer::channel_sparse_linear", _run, mutates_args=("counts",))
+
+
+@_custom.register_fake
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    threshold: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    counts: Tensor | None,
+) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])

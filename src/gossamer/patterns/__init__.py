@@ -4,6 +4,7 @@ from gossamer.patterns.area import AreaMeter, causal_pairs
 from gossamer.patterns.budget import Budget, resolve
 from gossamer.patterns.neurons import NeuronRule
 from gossamer.patterns.quantiles import MagnitudeSketch, exact_quantile, threshold_at
+from gossamer.patterns.schedules import SineStages
 from gossamer.patterns.trees import Tree, best_tree, expected_tokens
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "Budget",
     "MagnitudeSketch",
     "NeuronRule",
+    "SineStages",
     "Tree",
     "best_tree",
     "causal_pairs",
