@@ -8,6 +8,9 @@ from gossamer.activations import ActivationMethod
 from gossamer.registry import methods
 from gossamer.testing_activations import METHODS, ActivationContract
 
+#: Their masks depend on more than the token: on the prompt (GRIFFIN, Sirius), or on predictors. Their tests are their own.
+EXEMPT = {"griffin", "sirius", "relu-predictor"}
+
 
 class TestActivations(ActivationContract):
     pass
@@ -19,4 +22,4 @@ def test_every_post_training_method_of_the_family_keeps_the_contract() -> None:
     exact = Path(__file__).parents[1] / "exact"
     files = {slug: exact / f"test_{slug.replace('-', '_')}.py" for slug in registered}
     own = {slug for slug, file in files.items() if file.exists() and "(ActivationContract)" in file.read_text()}
-    assert registered == own | {case.slug for case in METHODS}
+    assert registered - EXEMPT == own | {case.slug for case in METHODS}

@@ -354,6 +354,29 @@ def test_fine_tuning_recovers_under_the_mask(lora: LoRA | None, tmp_path: Any) -
         torch.testing.assert_close(logits(loaded, ids()), want)
 
 
+def test_plain_mlps_are_tuned_under_their_mask() -> None:
+    """Adapters on GPT-2's two matrices see what the mask leaves: one on c_proj gets no gradient for dropped neurons."""
+    model, method = tiny_model("gpt2"), CATS(sparsity=0.8)
+    learned = method.calibrate(model, TOKENS)
+    lora = LoRA(rank=4, targets=("c_fc", "c_proj"))
+    training, adapted = finetune(model, method, learned, [ids(4, 33)] * 30, train_plan(), lora, penalty=0.01)
+    assert training.final_loss < 0.8 * training.curve[0]["loss"]
+    with method.attach(model, adapted) as handle:
+        logits(model, ids())
+        assert handle.report()["neurons_kept"] < 0.5
+    model = tiny_model("gpt2")
+    with method.model_copy(update={"mode": "mask"}).attach(model, learned) as handle:
+        adapters = LoRA(rank=2, dropout=0, targets=("c_proj",)).attach(model)
+        low = model.transformer.h[0].mlp.c_proj.parametrizations.weight[0]
+        with torch.no_grad():
+            low.b.fill_(0.1)
+        model(ids(1, 2)).logits.square().sum().backward()
+        assert handle.mlp is not None
+        kept = int(handle.mlp.meters[0].totals[0][3])
+        assert int((low.a.grad.abs().sum(0) > 0).sum()) == kept < 100
+        adapters.remove()
+
+
 def test_adapters_start_at_the_model_merge_exactly_and_leave_no_trace() -> None:
     model = tiny_model("gpt2")
     before, dense = copy.deepcopy(model.state_dict()), logits(model, ids())

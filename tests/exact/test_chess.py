@@ -17,7 +17,7 @@ from gossamer.activations.cats import CATS
 from gossamer.activations.chess import CHESS, MOMENTS, Moment, channel_thresholds, clamp_moment, importance, layer_bytes
 from gossamer.activations.finetune import finetune
 from gossamer.calibration import Calibration
-from gossamer.errors import CalibrationError, ModelError, RecipeError
+from gossamer.errors import CalibrationError, InputError, ModelError, RecipeError
 from gossamer.hf import attention_projections, mlp_views, model_shape, watch
 from gossamer.models import Plan, fingerprint, tiny_model
 from gossamer.ops import NeuronWeights, channel_sparse_linear, sparse_mlp
@@ -391,6 +391,19 @@ def test_families_that_lack_a_part() -> None:
     dense = logits(opt, ids())
     with method.attach(opt, method.calibrate(opt, TOKENS)):
         assert not torch.allclose(logits(opt, ids()), dense, atol=1e-4)
+
+
+def test_settings_that_do_not_fit() -> None:
+    for bad, words in (
+        ({"moment": "cube"}, "chess: moment"),
+        ({"parts": "embeddings"}, "chess: parts"),
+        ({"group": 0}, "chess: group"),
+        ({"quantiles": "median"}, "chess: quantiles"),
+        ({"parts": "attention", "int8": True}, "int8 is for the weights of MLPs"),
+    ):
+        with pytest.raises(InputError, match=words) as caught:
+            make("chess", **bad)  # type: ignore[arg-type]
+        assert "\n" not in str(caught.value)
 
 
 def test_calibrations_that_do_not_fit() -> None:

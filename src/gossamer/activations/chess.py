@@ -23,10 +23,10 @@ Decisions where the card leaves room:
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal, cast
+from typing import Literal, Self, cast
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from gossamer.activations.base import ActivationMethod, Progress, device_of
@@ -107,6 +107,12 @@ class CHESS(ActivationMethod):
     )
     group: int = Field(4, ge=1, description="blocks of a group, where quantiles are means")
 
+    @model_validator(mode="after")
+    def _eight_bits_are_of_mlps(self) -> Self:
+        if self.int8 and self.parts == "attention":
+            raise ValueError("int8 is for the weights of MLPs, which parts='attention' leaves alone")
+        return self
+
     @property
     def slots(self) -> tuple[str, ...]:
         """Of the parts."""
@@ -141,7 +147,7 @@ class CHESS(ActivationMethod):
             tables = [_second_pass(model, group, tensors, progress) for group in groups]
             for kind in MOMENTS:
                 tensors[f"scores.{kind}"] = torch.stack([part[kind] for part in tables]).mean(0)
-        facts = {"tokens": tokens.numel(), "quantiles": self.quantiles}
+        facts = {"tokens": tokens.numel(), "quantiles": self.quantiles, "groups": len(groups)}
         return Calibration(self.slug, fingerprint(model), tensors, facts)
 
     def thresholds(self, calibration: Calibration) -> Tensor:

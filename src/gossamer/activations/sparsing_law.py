@@ -104,6 +104,10 @@ class SparsingLaw(ActivationMethod):
             )
         return calibration_of(model, found, p=self.p if self.share is None else None, tokens=used.numel())
 
+    def io_bytes(self, channels: int, neurons: int, kept: float, element_size: int, gated: bool = True) -> float:
+        """As in the base, but a gated MLP's up is read whole too, since the product is judged."""
+        return channels * element_size * ((2 if gated else 1) * neurons + kept)
+
     def neuron_policy(self, model: nn.Module, calibration: Calibration | None) -> NeuronPolicy:
         """Fixed thresholds on the products.
 
