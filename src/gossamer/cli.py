@@ -438,13 +438,17 @@ def bench(
     threads: ThreadsOpt = None,
     format_: FormatOpt = Format.table,
 ) -> None:
-    """Time an operator beside torch and our own dense kernel, and beside what the memory gives."""
+    """Time an operator beside torch and our own dense kernel, and beside what the memory gives.
+
+    `decoding` in place of an operator times drafting on SmolLM2 beside plain decoding.
+    """
     import torch
 
     import gossamer.measure.bench as benches
 
     if op is None:
         out.print("operators: " + ", ".join(benches.OPERATORS), highlight=False)
+        out.print("whole generations: decoding", highlight=False)
         return
     if threads is not None:
         torch.set_num_threads(threads)
@@ -452,9 +456,17 @@ def bench(
         lengths = tuple(int(c) for c in contexts.split(","))
     except ValueError:
         raise InputError(f"--contexts takes numbers with commas between, got {contexts!r}") from None
+    names = tuple(d.strip() for d in dtypes.split(","))
+    if op == "decoding":
+        from gossamer.measure import bench_decoding
+
+        with _progress() as progress:
+            rows = bench_decoding.run(names, progress=lambda what: progress(what, 0, 1))
+        _emit(rows, format_, right=("tokens_per_forward", "nodes_per_forward", "ms_per_token", "speedup"))
+        return
     with _progress() as progress:
         progress(f"timing {op}", 0, 1)
-        rows = benches.run(op, contexts=lengths, dtypes=tuple(d.strip() for d in dtypes.split(",")))
+        rows = benches.run(op, contexts=lengths, dtypes=names)
     _emit(rows, format_, right=("ms", "context", "ratio_to_native_dense", "ratio_to_torch", "bandwidth_share"))
 
 
