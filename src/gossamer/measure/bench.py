@@ -92,8 +92,9 @@ def run(
         (one row of the middle dropped, and every second row), or ``linear`` (the weights in ``WEIGHTS`` times 1, 4 and 8
         rows; contexts and the shape of the attention don't matter to it). ``delta_linear`` and
         ``channel_sparse_linear`` are timed on the weights and shares of inputs in ``measure.bench_activations``, beside the
-        dense layer. ``block_sparse_attention`` and ``vertical_slash_attention`` work on prompts of a shape of their own: see ``measure.bench_prefill``, also for
-        what their rows hold. Of the parameters below they take ``contexts``, ``dtypes`` and ``seed``.
+        dense layer. ``block_sparse_attention`` and ``vertical_slash_attention`` work on prompts of a shape of their own:
+        see ``measure.bench_prefill``, also for what their rows hold. Of the parameters below they take ``contexts``,
+        ``dtypes`` and ``seed``.
     contexts
         Cached tokens.
     dtypes
