@@ -300,7 +300,7 @@ def compare(
         for name in families:
             if not any(m.family == name for m in registered().values()):
                 raise InputError(f"no method of the family {name!r} is available: see `gossamer list`")
-        slugs = [s for s, m in registered().items() if m.family in families and s != "dense"]
+        slugs = [s for s, m in registered().items() if m.family in families and s != "dense" and m.comparable]
     chosen: list[Any] = []
     for slug in slugs if family is None else ():
         names = ("tokens", "budget", "area") if isinstance(value, float) else ("tokens", "budget")  # an area is a share

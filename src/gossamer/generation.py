@@ -70,12 +70,14 @@ def generate(
         torch.manual_seed(seed)
     model: Any = loaded.model
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    with recipe.attach(model) if recipe is not None else nullcontext():
-        out = model.generate(
+    with recipe.attach(model) if recipe is not None else nullcontext() as handle:
+        run = getattr(handle, "generator", None) or model.generate
+        out = run(
             **inputs.to(model.device),
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,
             streamer=_Callback(tokenizer, write) if write is not None else None,
+            return_dict_in_generate=False,
             **sampling,
         )
     return str(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

@@ -8,6 +8,7 @@ methods:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import yaml
 from torch import nn
 
 from gossamer.calibration import Calibration
+from gossamer.decoding import AcceptanceMethod, DraftingMethod, Engine
 from gossamer.errors import GossamerError, RecipeError
 from gossamer.policies import PolicyHandle, PolicyMethod, attach
 from gossamer.registry import SLOTS, Handle, Method, make
@@ -126,7 +128,7 @@ class Recipe:
             RecipeError: a method cannot be attached to a run.
         """
         steps = sorted(self.steps, key=lambda step: SLOTS.index(step.method.slot))
-        calibrated = [(step.method, step.load_calibration(self.folder)) for step in steps]
+        calibrated, engine = _engine([(step.method, step.load_calibration(self.folder)) for step in steps])
         policies = [(method, learned) for method, learned in calibrated if isinstance(method, PolicyMethod)]
         others = [(method, learned) for method, learned in calibrated if not isinstance(method, PolicyMethod)]
         for method, _ in others:
@@ -144,4 +146,36 @@ class Recipe:
             raise
         run.undo[:0] = [handle.detach for handle in handles]
         run.reports += [handle.report for handle in handles]
+        run.generator = next((handle.generator for handle in handles if handle.generator is not None), None)
+        if engine is not None:
+            made = engine(model)
+            run.generator = made.generate
+            run.reports.append(made.report)
         return run
+
+
+Calibrated = list[tuple[Method, Calibration | None]]
+
+
+def _engine(calibrated: Calibrated) -> tuple[Calibrated, Callable[[nn.Module], Engine] | None]:
+    """The methods that are not about drafting, and what makes the engine of those that are.
+
+    Raises:
+        RecipeError: an acceptance rule without a drafter, or methods for which a node of a tree is no decode step.
+    """
+    drafting = [(m, learned) for m, learned in calibrated if isinstance(m, DraftingMethod)]
+    rules = [m for m, _ in calibrated if isinstance(m, AcceptanceMethod)]
+    if not drafting:
+        if rules:
+            raise RecipeError(f"{rules[0].slug} accepts drafts: the recipe needs a method that makes them")
+        return calibrated, None
+    ((method, learned),) = drafting
+    others = [(m, c) for m, c in calibrated if not isinstance(m, DraftingMethod | AcceptanceMethod)]
+    for other, _ in others:
+        if isinstance(other, PolicyMethod) and set(other.slots) - {"attention.prefill"} and other.slug != "dense":
+            raise RecipeError(
+                f"{method.slug} verifies several tokens at once and needs exact attention; {other.slug} does not keep it: "
+                "leave one of them out"
+            )
+    rule = rules[0].rule() if rules else method.rule()
+    return others, lambda model: Engine(model, method.drafter(model, learned), rule)

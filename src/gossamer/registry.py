@@ -18,6 +18,7 @@ from gossamer.errors import CalibrationError, InputError, UnknownNameError
 Slot = Literal[
     "weights",
     "activations",
+    "activations.attention",
     "attention.prefill",
     "attention.decode",
     "cache",
@@ -102,6 +103,8 @@ class Method(BaseModel):
     baseline: ClassVar[bool] = False
     #: The setting that takes a budget as a share of what dense attention spends, if it is not called `tokens`.
     budget_setting: ClassVar[str] = ""
+    #: Whether `compare` can measure it on a model as it is: attached, and fed known tokens.
+    comparable: ClassVar[bool] = True
     #: What `attach` or `apply` requires, as data: "calibration", "training", "gradients", "draft-model", …
     needs: ClassVar[frozenset[str]] = frozenset()
 
@@ -139,10 +142,15 @@ class Method(BaseModel):
 
 @dataclass(eq=False)
 class Handle:
-    """Methods attached to a model: a context manager whose end, like `detach`, restores the model bit for bit."""
+    """Methods attached to a model: a context manager whose end, like `detach`, restores the model bit for bit.
+
+    Attributes:
+        generator: stands in for the model's `generate` where a method has a decoding loop of its own.
+    """
 
     undo: list[Callable[[], None]] = field(default_factory=list)
     reports: list[Callable[[], dict[str, Any]]] = field(default_factory=list)
+    generator: Callable[..., Any] | None = field(default=None, kw_only=True)
 
     def detach(self) -> None:
         """Undo, last first; safe to call twice."""
@@ -166,7 +174,13 @@ class Handle:
 M = TypeVar("M", bound=type[Method])
 _METHODS: dict[str, type[Method]] = {}
 #: Modules that register the methods of this package, one family a line. Nothing is found by walking folders.
-_BUILT_IN: tuple[str, ...] = ("gossamer.attention", "gossamer.cache", "gossamer.activations", "gossamer.weights")
+_BUILT_IN: tuple[str, ...] = (
+    "gossamer.attention",
+    "gossamer.cache",
+    "gossamer.activations",
+    "gossamer.weights",
+    "gossamer.decoding",
+)
 _loaded: set[str] = set()
 
 

@@ -24,3 +24,20 @@ def test_from_scratch(capsys):
     assert result["trained"] < 5.5  # bits per byte; 8 before training
     assert result["pruned"] < result["trained"] + 0.5
     assert "rows of up to" in capsys.readouterr().out
+
+
+def test_lazy_neurons(capsys):
+    result = load("lazy_neurons").main(["--steps", "60"])
+    assert result["percent"] < 48  # 50 before training
+    assert result["top256"] < result["dense"] + 0.1
+    assert result["top32"] > result["top256"]
+    assert "of the neurons fire, by layer" in capsys.readouterr().out
+
+
+def test_relu_sparsity(capsys):
+    result = load("relu_sparsity").main(["--steps", "60"])
+    assert result["zeros_silu"] == 0
+    assert result["zeros"] > 0.5
+    assert result["same"] == 1
+    assert result["read"] < 0.85
+    assert "of the MLPs' weights were read" in capsys.readouterr().out

@@ -42,6 +42,9 @@ def test_kernels_compile_for_an_h100(tmp_path):
         "_join",
         "_prefill",
         "_walk",
+        "_gate",
+        "_product",
+        "_down",
         "_list_changes",
         "_list_channels",
         "_sum_rows",
@@ -67,7 +70,8 @@ def main():
     from gossamer.gpu.prefill_attention import block_sparse_attention, vertical_slash_attention
     from gossamer.gpu.quantized_kv import quantized_decode_attention
     from gossamer.gpu.select_topk import select_topk
-    from gossamer.ops import LabelCache, QuantizedRows
+    from gossamer.gpu.sparse_mlp import sparse_mlp
+    from gossamer.ops import LabelCache, NeuronWeights, QuantizedRows
 
     class H100:
         def get_current_target(self):
@@ -151,6 +155,15 @@ def main():
         how = {"recent": None, "split": 2048, "scale": 1.0}
         quantized_decode_attention(query, key, value, starts=ids(2), lengths=ids(2), **how)
         quantized_decode_attention(query, key, value, indices=ids(2, 4, 256), counts=ids(2, 4), **how)
+    for rows, dtype, activation in (
+        (1, torch.bfloat16, "silu"),
+        (8, torch.float32, "gelu"),
+        (2, torch.float16, "gelu_tanh"),
+    ):
+        matrices = [torch.zeros(11008, 4096, dtype=dtype) for _ in range(3)]
+        weights = NeuronWeights(*matrices, activation=activation)
+        sparse_mlp(torch.zeros(rows, 4096, dtype=dtype), weights, torch.tensor(0.5), None, None, None)
+    sparse_mlp(torch.zeros(1, 4096), weights.quantized(), None, None, ids(99), None)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
 
 from gossamer.ops import (  # noqa: E402
     LabelCache,
+    NeuronWeights,
     QuantizedRows,
     append_labels,
     block_sparse_attention,
@@ -35,6 +36,7 @@ from gossamer.ops import (  # noqa: E402
     quantize_rows,
     quantized_decode_attention,
     select_topk,
+    sparse_mlp,
     use_backend,
     vertical_slash_attention,
     vertical_slash_index,
@@ -551,6 +553,44 @@ def test_quantized_attention(dtype, bits, axes, scales):
     check_attention(
         lambda: quantized_decode_attention(query, *stored, split=rows, return_lse=True, lengths=ints(0, 600)), dtype
     )
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, "int8"], ids=["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("activation", ["silu", "relu", "gelu", "gelu_tanh"])
+def test_sparse_mlp(dtype, rows, activation):
+    kind = F32 if dtype == "int8" else dtype
+    gate, up, down = ((torch.randn(50, 44) / 6).to(kind)[:, :40] for _ in range(3))
+    weights = NeuronWeights(
+        gate,
+        up,
+        down,
+        torch.randn(50).to(kind),
+        torch.randn(50).to(kind),
+        torch.randn(40).to(kind),
+        activation=activation,
+    )
+    weights = weights.quantized() if dtype == "int8" else weights
+    x = torch.randn(rows, 40).to(kind)
+    pick = torch.arange(0, 50, 3, dtype=torch.int32)
+    for rule in (
+        {"threshold": torch.where(torch.arange(50) % 2 == 0, 0.0, 5.0)},
+        {"threshold": torch.tensor(torch.inf)},
+        {"count": 50},
+        {"count": 0},
+        {"indices": pick},
+        {"indices": pick[:0]},
+    ):
+        seen = []
+
+        def call(rule=rule, seen=seen):
+            counts = torch.zeros(rows + 1, dtype=torch.int64)
+            seen.append(counts)
+            return sparse_mlp(x, weights, **rule, counts=counts)
+
+        want, got = both(call)
+        close(want, got, kind)
+        assert torch.equal(*seen)
 
 
 @pytest.mark.parametrize(

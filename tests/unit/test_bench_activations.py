@@ -9,7 +9,9 @@ from gossamer.measure import bench, bench_activations
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setattr(bench_activations, "SHAPES", {"small": (40, 48)})
-    monkeypatch.setattr(bench_activations, "CASES", ((1, (0.1, 1.0)), (3, (0.5,))))
+    monkeypatch.setattr(bench_activations, "MLPS", {"small": (40, 48)})
+    for name in ("CASES", "MLP_CASES"):
+        monkeypatch.setattr(bench_activations, name, ((1, (0.1, 1.0)), (3, (0.5,))))
 
 
 @pytest.mark.parametrize("op", bench_activations.OPERATORS)
@@ -22,7 +24,9 @@ def test_rows_compare_with_both_dense_layers(op):
         assert row["ratio_to_torch"] > 0
         assert row["ratio_to_native_dense"] > 0
     tenth = next(row for row in rows if row["variant"].startswith("10%"))
-    assert tenth["bytes"] * 10 == rows[0]["bytes"]
+    # Of an MLP all gates are read, and of its other two matrices the kept neurons, here 5 of 48.
+    share = (48 + 2 * 5) / (3 * 48) if op == "sparse_mlp" else 0.1
+    assert tenth["bytes"] == pytest.approx(share * rows[0]["bytes"])
 
 
 def test_every_call_finds_its_share_changed():

@@ -103,7 +103,7 @@ def test_gather_equals_mask(family, rule):
         with torch.no_grad():
             cache = model(IDS[:, :-1], use_cache=True).past_key_values
             results[mode] = model(step, past_key_values=cache).logits
-        kept[mode] = [m.totals.tolist() for m in run.meters]
+        kept[mode] = [m.totals for m in run.meters]
         report = run.report()
         run.detach()
     assert torch.allclose(results["mask"], results["auto"], atol=1e-5)
@@ -150,7 +150,7 @@ def test_prompts_can_be_left_dense_and_watched():
         assert not torch.allclose(model(IDS).logits, dense, atol=1e-2)
         TEACHER_FORCED.reset(token)
         run.detach()
-    assert run.meters[0].totals[1].tolist() == [12, 0, 12, 0]
+    assert run.meters[0].totals[1] == [12, 0, 12, 0]
 
 
 def test_channel_rules_mask_inputs():
@@ -163,7 +163,7 @@ def test_channel_rules_mask_inputs():
         run = ChannelRuntime([(query, NeuronRule(threshold=torch.tensor(0.5)))])
         assert torch.allclose(query(x), expected, atol=1e-6)
         assert torch.allclose(query(x[:1, :1]), expected[:1, :1], atol=1e-6)
-        assert run.meters[0].totals[0, 1] == kept.sum()
+        assert run.meters[0].totals[0][1] == kept.sum()
         with pytest.raises(ModelError, match="already under a rule"):
             ChannelRuntime([(query, NeuronRule(count=1))])
         run.detach()

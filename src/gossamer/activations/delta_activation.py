@@ -15,7 +15,7 @@ code turns the sign and repeats the first difference). The step of a layer that 
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from pydantic import Field
@@ -38,6 +38,8 @@ from gossamer.registry import Method, register
 
 class _Inserting(Method):
     """What the method and its baseline share: a layer behind every ReLU."""
+
+    comparable: ClassVar[bool] = False  # it is for networks over time
 
     def _layer(self, shape: tuple[int, ...], fan: int, is_input: bool) -> Penalised:
         raise NotImplementedError

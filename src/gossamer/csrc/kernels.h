@@ -134,6 +134,30 @@ struct LinearArgs {
   int threads;
 };
 
+enum Activation : int { kSilu = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3 };
+
+// A gated MLP over `neurons` neurons, each with one row of `channels` weights in gate, up and down.
+struct SparseMlpArgs {
+  struct Matrix {
+    const void *weight, *bias;  // [D,d]; [D], for down [d], or null
+    const float* scale;         // [D] of int8 weights, else null
+    int64_t row;
+  };
+  const void* x;  // [M,d]
+  void* out;      // [M,d], contiguous
+  Matrix gate, up, down;
+  const float* threshold;      // [1] or [D], or null
+  const int32_t* indices;      // [count], or null
+  int64_t* counts;             // [M + 1]
+  int64_t x_row, rows, channels, neurons;
+  int64_t threshold_step;      // 0: one threshold for all
+  int64_t count;               // of the indices, or of the largest gates that are kept; unused with thresholds
+  Activation activation;
+  DType dtype;                 // of x, out and biases; of the weights where `int8` is false
+  bool int8;
+  int threads;
+};
+
 struct ChannelSparseArgs {
   const void *x, *weight, *bias;  // [M,K], [K,N], [N] or null
   const float *threshold, *scale;  // [K] or one, or null for 0; [K] or null
@@ -285,6 +309,7 @@ struct Kernels {
   Status (*select_topk)(const SelectArgs&);
   Status (*label_attention)(const LabelAttentionArgs&);
   Status (*linear)(const LinearArgs&);
+  Status (*sparse_mlp)(const SparseMlpArgs&);
   Status (*delta_linear)(const DeltaArgs&);
   Status (*channel_sparse_linear)(const ChannelSparseArgs&);
   float (*read_all)(const float*, int64_t, int);
@@ -310,6 +335,7 @@ struct Kernels {
   Status select_topk(const SelectArgs&);                   \
   Status label_attention(const LabelAttentionArgs&);       \
   Status linear(const LinearArgs&);                        \
+  Status sparse_mlp(const SparseMlpArgs&);                 \
   Status delta_linear(const DeltaArgs&);                   \
   Status channel_sparse_linear(const ChannelSparseArgs&);  \
   float read_all(const float* data, int64_t size, int threads); \

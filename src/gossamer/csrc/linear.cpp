@@ -1,7 +1,7 @@
 // x times weight transposed, for the few rows of a decode step: bound by the bytes of the weight, which pass once while all
 // rows of x wait in the cache. A thread reads several rows of weight at a time that lie far apart, and goes on to the next
 // row in each place: a single stream waits for memory half of the time, several long ones keep it busy.
-#include "attend.h"
+#include "products.h"
 
 namespace gossamer::GOSSAMER_ISA {
 namespace {
@@ -10,43 +10,6 @@ thread_local Scratch scratch;
 
 // Weight that a thread takes at a time: long enough to stream, short enough that threads finish together.
 constexpr int64_t kMinChunk = 1 << 16, kMaxChunk = 1 << 18;
-constexpr int64_t kAhead = 2048;  // bytes between the weight in use and the weight being fetched
-
-// sum[m * R + r] += x[m] . rows[r] over whole vectors from c on; moves c behind them.
-template <class T, int M, int R>
-GOSSAMER_INLINE void add_products(const T* const* rows, const QueryHeads<T>& x, int64_t& c, int64_t end, vf* sum) {
-  constexpr int64_t kFetch = kAhead / int64_t(sizeof(T));
-  if constexpr (sizeof(T) == 2) {
-    for (; c + 2 * kLanes <= end; c += 2 * kLanes)
-      GOSSAMER_UNROLL
-      for (int r = 0; r < R; ++r) {
-        prefetch(rows[r] + c + kFetch);
-#if defined(GOSSAMER_AVX512)
-        const __m512bh row = (__m512bh)_mm512_loadu_si512(rows[r] + c);
-        GOSSAMER_UNROLL
-        for (int m = 0; m < M; ++m)
-          sum[m * R + r] = _mm512_dpbf16_ps(sum[m * R + r], row, (__m512bh)_mm512_loadu_si512(x.raw + m * x.raw_stride + c));
-#else
-        vf even, odd;
-        load_pair(rows[r] + c, even, odd);
-        GOSSAMER_UNROLL
-        for (int m = 0; m < M; ++m) {
-          const float* line = x.values + m * x.stride + c;
-          sum[m * R + r] = fma(odd, load(line + kLanes), fma(even, load(line), sum[m * R + r]));
-        }
-#endif
-      }
-  }
-  for (; c + kLanes <= end; c += kLanes)
-    GOSSAMER_UNROLL
-    for (int r = 0; r < R; ++r) {
-      if constexpr (sizeof(T) == 4) prefetch(rows[r] + c + kFetch);
-      const vf row = load(rows[r] + c);
-      GOSSAMER_UNROLL
-      for (int m = 0; m < M; ++m) sum[m * R + r] = fma(row, load(x.values + m * x.stride + c), sum[m * R + r]);
-    }
-}
-
 template <class T>
 class Linear {
  public:
@@ -65,29 +28,16 @@ class Linear {
   void run() {
     for (int64_t i; (i = queue.next() * chunk) < a.outputs;) {
       const int64_t end = imin(i + chunk, a.outputs);
-      switch (a.rows) {
-        case 1: strip<1>(i, end); break;
-        case 2: strip<2>(i, end); break;
-        case 3: strip<3>(i, end); break;
-        case 4: strip<4>(i, end); break;
-        case 5: strip<5>(i, end); break;
-        case 6: strip<6>(i, end); break;
-        case 7: strip<7>(i, end); break;
-        default: strip<8>(i, end);
-      }
+      for_rows(a.rows, [&]<int M>() { strip<M>(i, end); });
     }
   }
 
  private:
   static constexpr int64_t kStep = 16;  // a multiple of every tile
 
-  // As many rows of weight together as there are registers for their sums, and no more streams than memory likes.
-  template <int M>
-  static constexpr int kRows = M <= 2 ? 8 / (kLanes == 16 ? 1 : M) : (kLanes == 16 ? 16 : 8) / (M > 4 ? 8 : 4);
-
   template <int M>
   void strip(int64_t from, int64_t to) {
-    constexpr int R = kRows<M>;
+    constexpr int R = kWeightRows<M>;
     const int64_t apart = (to - from) / R;
     for (int64_t i = 0; i < apart; ++i) tile<M, R>(from + i, apart);
     if constexpr (R > 1)
@@ -97,16 +47,11 @@ class Linear {
   // Rows n, n + apart, ... of the weight.
   template <int M, int R>
   void tile(int64_t n, int64_t apart) {
-    constexpr int N = kLanes == 16 && M * R > 8 ? 16 : M * R;
     const QueryHeads<T> lines{x, static_cast<const T*>(a.x), stride, a.x_row};
     const T* rows[R];
     for (int r = 0; r < R; ++r) rows[r] = static_cast<const T*>(a.weight) + (n + r * apart) * a.w_row;
-    vf sum[N] = {};
-    float out[N];
-    int64_t c = 0;
-    add_products<T, M, R>(rows, lines, c, a.columns, sum);
-    hsum_all<N>(sum, out);
-    if (c < a.columns) dot_tail<T, M, R>(rows, lines, c, a.columns, out);
+    float out[16];
+    multiply_rows<T, M, R>(rows, lines, a.columns, out);
     const T* bias = static_cast<const T*>(a.bias);
     for (int r = 0; r < R; ++r) {
       const int64_t column = n + r * apart;

@@ -26,6 +26,7 @@ namespace {
     .select_topk = isa::select_topk,                            \
     .label_attention = isa::label_attention,                    \
     .linear = isa::linear,                                      \
+    .sparse_mlp = isa::sparse_mlp,                              \
     .delta_linear = isa::delta_linear,                          \
     .channel_sparse_linear = isa::channel_sparse_linear,        \
     .read_all = isa::read_all,                                  \
@@ -394,6 +395,22 @@ int linear(intptr_t x, int64_t x_row, intptr_t weight, int64_t w_row, intptr_t b
   return call(active->linear, a);
 }
 
+int sparse_mlp(nb::tuple tensors, nb::tuple sizes, intptr_t x, intptr_t out, intptr_t counts, intptr_t threshold,
+               int64_t threshold_step, intptr_t indices, int64_t count, int64_t rows, int threads) {
+  SparseMlpArgs a{};
+  Reader t(tensors), s(sizes);
+  for (SparseMlpArgs::Matrix* m : {&a.gate, &a.up, &a.down})
+    m->weight = t.pointer<void>(), m->bias = t.pointer<void>(), m->scale = t.pointer<float>(), m->row = s.next();
+  a.neurons = s.next(), a.channels = s.next(), a.activation = Activation(s.next()), a.dtype = DType(s.next());
+  a.int8 = s.next() != 0;
+  a.x = reinterpret_cast<const void*>(x), a.out = reinterpret_cast<void*>(out);
+  a.counts = reinterpret_cast<int64_t*>(counts), a.threshold = reinterpret_cast<const float*>(threshold);
+  a.indices = reinterpret_cast<const int32_t*>(indices);
+  a.x_row = a.channels, a.threshold_step = threshold_step, a.count = count, a.rows = rows;
+  a.threads = team(threads, 2 * a.channels * (indices ? count : a.neurons) * (a.int8 ? 1 : element_size(a.dtype)));
+  return call(active->sparse_mlp, a);
+}
+
 int delta_linear(nb::tuple tensors, nb::tuple strides, nb::tuple sizes, int code_bytes, bool per_channel, int dtype,
                  int threads) {
   DeltaArgs a{};
@@ -570,6 +587,7 @@ NB_MODULE(_native, m) {
   m.def("select_topk", &select_topk);
   m.def("label_attention", &label_attention);
   m.def("linear", &linear);
+  m.def("sparse_mlp", &sparse_mlp);
   m.def("delta_linear", &delta_linear);
   m.def("channel_sparse_linear", &channel_sparse_linear);
   m.def("best_match", &best_match);

@@ -6,20 +6,6 @@
 
 namespace gossamer::GOSSAMER_ISA {
 
-// kLanes int8 in order.
-GOSSAMER_INLINE vf load(const int8_t* p) {
-#if defined(GOSSAMER_AVX512)
-  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
-#elif defined(GOSSAMER_AVX2)
-  return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
-#else
-  vf v;
-  for (int i = 0; i < kLanes; ++i) v[i] = p[i];
-  return v;
-#endif
-}
-GOSSAMER_INLINE float to_float(int8_t x) { return x; }
-
 // Writes the places of the marked elements, ascending; returns how many. No branch: which ones are marked is not to be
 // foretold. `ids` has room for all.
 GOSSAMER_INLINE int64_t list_marked(const uint8_t* marked, int64_t size, int32_t* ids) {

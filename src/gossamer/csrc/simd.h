@@ -115,6 +115,26 @@ GOSSAMER_INLINE void store_pair(float* p, vf first, vf second) {
   store(p + kLanes, second);
 }
 
+GOSSAMER_INLINE float to_float(int8_t x) { return x; }
+
+// kLanes signed bytes in order.
+GOSSAMER_INLINE vf load(const int8_t* p) {
+#if defined(GOSSAMER_AVX512)
+  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(GOSSAMER_AVX2)
+  return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+  typedef int8_t bytes __attribute__((vector_size(kLanes)));
+  bytes b;
+  __builtin_memcpy(&b, p, sizeof b);
+  return __builtin_convertvector(b, vf);
+#endif
+}
+GOSSAMER_INLINE void load_pair(const int8_t* p, vf& first, vf& second) {
+  first = load(p);
+  second = load(p + kLanes);
+}
+
 GOSSAMER_INLINE vf fma(vf a, vf b, vf c) {
 #if defined(GOSSAMER_AVX512)
   return _mm512_fmadd_ps(a, b, c);

@@ -1,1 +1,37 @@
-"""The draft–verify engine, drafters and acceptance rules."""
+"""Methods that draft several tokens and verify them at once.
+
+Importing this package registers them; a new one is a file here and a line below.
+"""
+
+from gossamer.decoding.base import (
+    AcceptanceMethod,
+    Context,
+    Draft,
+    Drafter,
+    DraftingMethod,
+    Match,
+    Rule,
+    Target,
+    Verdict,
+)
+from gossamer.decoding.cost import ForwardCost, Sizer, cost_of
+from gossamer.decoding.engine import DecodingStats, Engine
+from gossamer.decoding.lookup import PromptLookup
+
+__all__ = [
+    "AcceptanceMethod",
+    "Context",
+    "DecodingStats",
+    "Draft",
+    "Drafter",
+    "DraftingMethod",
+    "Engine",
+    "ForwardCost",
+    "Match",
+    "PromptLookup",
+    "Rule",
+    "Sizer",
+    "Target",
+    "Verdict",
+    "cost_of",
+]

@@ -30,9 +30,12 @@ from gossamer.hf.cache import PARTS, Derived, KVLayer, adopt
 from gossamer.hf.policy import TEACHER_FORCED, CachePolicy, DecodePolicy, PrefillPolicy, StoragePolicy
 from gossamer.hf.quantized import QuantizedKVLayer
 from gossamer.hf.views import attention_views, base_model, model_shape
+from gossamer.patterns import Tree
 
 NAME = "gossamer"
 _BLOCK = 64  # side of a block of our prefill kernel
+#: Rows of context up to which a tree of candidates attends in one call of torch's.
+_SHORT = 2048
 logger = logging.getLogger("gossamer")
 # The model holds its runtime (by its hook), this table does not: a model that is dropped while attached is freed.
 _RUNTIMES: weakref.WeakKeyDictionary[nn.Module, weakref.ref[AttentionRuntime]] = weakref.WeakKeyDictionary()
@@ -253,6 +256,7 @@ class AttentionRuntime:
     Attributes:
         stats: what decode steps have read.
         trace: when a list, every selection is appended as ``(layer, length, indices, counts)``.
+        tree: when one is there, the new tokens are its nodes: each sees what is cached, its ancestors and itself.
         teacher_forced: when true, a block of new tokens is decoded query by query, each with its own selection, as
             if the tokens had come one at a time.
     """
@@ -264,6 +268,7 @@ class AttentionRuntime:
     storage: StoragePolicy | None = None
     stats: DecodeStats = field(default_factory=DecodeStats)
     trace: list[tuple[int, int, Tensor, Tensor]] | None = None
+    tree: Tree | None = None
     teacher_forced: bool = False
 
     def __post_init__(self) -> None:
@@ -283,6 +288,7 @@ class AttentionRuntime:
         #: Of the tokens of the running forward, as its caller gave them; None: they count from the cache's length.
         self.position_ids: Tensor | None = None
         self._cache: Any = None
+        self._nodes_mask: tuple[tuple[int, int, int | None], Tensor] | None = None
         self._mask: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
         self._layers = None if self.storage is None else self.storage.layers(self.shape)  # may refuse the model
         known = inspect.signature(base_model(self.model).forward).parameters
@@ -330,6 +336,23 @@ class AttentionRuntime:
             yield
         finally:
             self.teacher_forced = previous
+            TEACHER_FORCED.reset(token)
+
+    @contextmanager
+    def tree_forward(self, tree: Tree) -> Iterator[None]:
+        """Inside, blocks of new tokens are the nodes of a tree.
+
+        Raises:
+            InputError: a policy is attached, for which a node is no step of its own.
+        """
+        if self.decode is not None or self.cache is not None or self.storage is not None:
+            raise InputError("trees of candidates need exact attention: leave sparse attention and cache methods out")
+        previous, self.tree = self.tree, tree
+        token = TEACHER_FORCED.set(True)  # each node is a decode step
+        try:
+            yield
+        finally:
+            self.tree, self._nodes_mask = previous, None
             TEACHER_FORCED.reset(token)
 
     @contextmanager
@@ -430,8 +453,14 @@ class AttentionRuntime:
         differentiable = query.requires_grad and torch.is_grad_enabled()
         if new > 1 or holes is not None or softcap is not None or differentiable:
             key, value = self._whole(module, key, value)
+        if self.tree is not None and new > 1 and (softcap is not None or holes is not None or starts is not None):
+            if holes is not None or starts is not None:
+                raise InputError("trees of candidates are for one sequence without padding")
+            holes = self._node_mask(self.tree, length, window, query.device)
         if holes is not None or softcap is not None or differentiable:
             return self._exact(query, key, value, scale, starts, window, softcap, holes, dropout)
+        if self.tree is not None and new > 1:
+            return self._nodes(query, key, value, scale, window)
         layer = self._layer(module, scale, window, starts)
         if layer is None:
             return dense_attention(query, key, value, scale, starts=starts, window=window, dropout=dropout)
@@ -473,6 +502,47 @@ class AttentionRuntime:
             outs.append(self._step(layer, query[:, :, t], rows))
         return torch.stack(outs, dim=2)
 
+    def _node_mask(self, tree: Tree, length: int, window: int | None, device: torch.device) -> Tensor:
+        """Bool ``[1, 1, nodes, length]``: what the nodes, which are the last rows, may read; kept for a forward's layers."""
+        key = (id(tree), length, window)
+        if self._nodes_mask is not None and self._nodes_mask[0] == key:
+            return self._nodes_mask[1]
+        past = length - tree.size
+        positions = torch.cat([torch.arange(past), past + tree.positions])
+        mask = torch.cat([torch.ones(tree.size, past, dtype=torch.bool), tree.mask], dim=1)
+        if window:
+            mask &= positions > positions[past:, None] - window
+        self._nodes_mask = (key, mask[None, None].to(device))
+        return self._nodes_mask[1]
+
+    def _nodes(self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+        """Attention of a tree's nodes: all of them read the cached rows together, each key once, and their ancestors."""
+        tree, length = self.tree, key.shape[2]
+        assert tree is not None
+        batch, heads, nodes, dim = query.shape
+        if nodes != tree.size:
+            raise InputError(f"{nodes} new tokens for a tree of {tree.size}")
+        past, kv_heads = length - nodes, key.shape[1]
+        near = window is not None and past + max(tree.depths) >= window
+        if not past or near or length <= _SHORT:
+            # One call for all heads of a group: at short contexts the calls, not the keys, are what costs.
+            mask = self._node_mask(tree, length, window if near else None, query.device)
+            mask = mask.expand(1, heads // kv_heads, -1, -1).reshape(1, 1, -1, length)
+            grouped = query.reshape(batch, kv_heads, -1, dim)
+            out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scale)
+            return out.view(batch, heads, nodes, dim)
+        grouped = query.reshape(batch, kv_heads, -1, nodes, dim)
+        own, of_own = ops.decode_attention(
+            grouped.reshape(batch, -1, dim), key[:, :, :past], value[:, :, :past], scale=scale, return_lse=True
+        )
+        scores = torch.einsum("bkgtd,bksd->bkgts", grouped.float(), key[:, :, past:].float()) * scale
+        scores = scores.masked_fill(~tree.mask.to(query.device), -torch.inf)
+        of_tree = scores.logsumexp(-1)
+        among = torch.einsum("bkgts,bksd->bkgtd", (scores - of_tree[..., None]).exp(), value[:, :, past:].float())
+        outs = torch.stack([own.view(grouped.shape).float(), among])
+        merged, _ = ops.merge_attention(outs, torch.stack([of_own.view(grouped.shape[:-1]), of_tree]))
+        return merged.to(query.dtype).view(batch, heads, nodes, dim)
+
     def _exact(
         self,
         query: Tensor,
@@ -503,6 +573,12 @@ class AttentionRuntime:
         return dense_attention(
             query, key, value, scale, starts=starts, window=window, softcap=softcap, mask=holes, dropout=dropout
         )
+
+
+def attached_runtime(model: nn.Module) -> AttentionRuntime | None:
+    """The runtime that serves a model's attention now, if any."""
+    found = _RUNTIMES.get(attention_views(model)[0].module)
+    return found() if found is not None else None
 
 
 def _attention(
@@ -556,6 +632,7 @@ __all__ = [
     "DecodeStats",
     "InputError",
     "LayerView",
+    "attached_runtime",
     "dense_attention",
     "dense_decode",
     "visible_mask",

@@ -261,6 +261,29 @@ class KVLayer(CacheLayerMixin):
         self.length = max(0, self.length + tokens_to_remove)
         self._touch(self.length)
 
+    def accept(self, start: int, ids: Tensor) -> None:
+        """Of the rows from `start` on keep these, in place, as if the others had never come.
+
+        Args:
+            ids: integer ``[n]``, ascending, counted from `start`.
+
+        Raises:
+            InputError: the ids do not ascend within the rows there, or rows were dropped among them.
+        """
+        assert self.key_storage is not None and self.value_storage is not None
+        tail, kept = self.length - start, len(ids)
+        if not 0 <= start <= self.length or (self.dropped and start < self._kept):
+            raise InputError(f"cannot go back to row {start} of {self.length}: rows were dropped, or it is not there")
+        if not torch.equal(ids, torch.arange(kept)):
+            every = ids.expand(self.batch, self.heads, -1)
+            for storage in (self.key_storage, self.value_storage):
+                rows = storage.narrow(2, start, tail)
+                compact_rows(rows, every.to(storage.device), length=tail)
+        elif kept > tail:
+            raise InputError(f"cannot accept {kept} of {tail} rows")
+        self.length = start + kept
+        self._touch(start)
+
     @property
     def positions(self) -> Tensor:
         """Token position of every used row, int32 ``[batch, kv_heads, length]``."""

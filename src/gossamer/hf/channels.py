@@ -20,47 +20,67 @@ Mode = Literal["auto", "mask", "gather"]
 
 
 class Meter:
-    """Counts what one layer kept, of tokens that were decoded and of tokens of prompts; no value leaves the device."""
+    """Counts what one layer kept, of tokens that were decoded and of tokens of prompts.
+
+    Counts from kernels on the CPU are added in Python; those of masks and of other devices stay where they are until asked.
+    """
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.size = size
         # [prompt, decode] x [rows, kept over rows, calls, kept by any row over calls]
-        self.totals = torch.zeros(2, 4, dtype=torch.int64, device=device)
+        self._known = [[0] * 4, [0] * 4]
+        self._device = torch.zeros(2, 4, dtype=torch.int64, device=device)
         self._scratch: dict[int, Tensor] = {}
+        #: Gets every mask that is counted, bool ``[tokens, size]``; masks are made for blocks of more than eight rows.
+        self.watch: Callable[[Tensor], None] | None = None
+
+    @property
+    def totals(self) -> list[list[int]]:
+        """``[prompt, decode] x [rows, kept over rows, calls, kept by any row over calls]``."""
+        there = self._device.tolist()
+        return [[a + b for a, b in zip(x, y, strict=True)] for x, y in zip(self._known, there, strict=True)]
 
     def scratch(self, rows: int) -> Tensor:
         """The int64 ``[rows + 1]`` that a kernel writes its counts to."""
         if rows not in self._scratch:
-            self._scratch[rows] = torch.zeros(rows + 1, dtype=torch.int64, device=self.totals.device)
+            self._scratch[rows] = torch.zeros(rows + 1, dtype=torch.int64, device=self._device.device)
         return self._scratch[rows]
 
-    def count(self, x: Tensor, counts: Tensor) -> None:
+    def count(self, decoding: bool, counts: Tensor) -> None:
         """Add a call's counts: kept for each row, then kept for any."""
-        row = self.totals[int(is_decoding(x))]
-        row[0] += len(counts) - 1
-        row[1] += counts[:-1].sum()
-        row[2] += 1
-        row[3] += counts[-1]
+        if counts.is_cpu:
+            *each, union = counts.tolist()
+            row = self._known[decoding]
+            row[0] += len(each)
+            row[1] += sum(each)
+            row[2] += 1
+            row[3] += union
+        else:
+            self._device[int(decoding)] += torch.stack(
+                [counts.new_tensor(len(counts) - 1), counts[:-1].sum(), counts.new_tensor(1), counts[-1]]
+            )
 
-    def count_mask(self, x: Tensor, kept: Tensor) -> None:
-        """Add a call's mask ``[..., size]``. A block of decode steps counts as so many calls."""
+    def count_mask(self, decoding: bool, kept: Tensor) -> None:
+        """Add a call's mask ``[..., size]``. A block that stands for decode steps counts as so many calls."""
         flat = kept.detach().reshape(-1, self.size)
-        row = self.totals[int(is_decoding(x))]
-        total = flat.sum()
-        row[0] += len(flat)
-        row[1] += total
+        if self.watch is not None:
+            self.watch(flat)
         single = TEACHER_FORCED.get()
+        row = self._known[decoding]
+        row[0] += len(flat)
         row[2] += len(flat) if single else 1
-        row[3] += total if single else flat.any(0).sum()
+        total = flat.sum()
+        self._device[int(decoding), 1] += total
+        self._device[int(decoding), 3] += total if single else flat.any(0).sum()
 
     def share(self, decode: bool) -> float | None:
         """Kept neurons of all, over tokens; None where none passed."""
-        rows, kept = self.totals[int(decode), :2].tolist()
+        rows, kept = self.totals[decode][:2]
         return kept / (rows * self.size) if rows else None
 
     def read_share(self) -> float:
         """Neurons that a decode step reads (kept by any of its rows) of all; 1 before the first."""
-        calls, kept = self.totals[1, 2:].tolist()
+        calls, kept = self.totals[1][2:]
         return kept / (calls * self.size) if calls else 1.0
 
 
@@ -74,31 +94,38 @@ class ChannelForward:
         self, module: nn.Module, decide: Callable[[Tensor], NeuronRule | None], meter: Meter, mode: Mode
     ) -> None:
         self.module, self.decide, self.meter, self.mode = module, decide, meter, mode
+        self.checked: NeuronRule | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """As the layer's own forward, of the kept inputs."""
         rule, module = self.decide(x), cast(Any, self.module)
         if rule is None:
             return cast(Tensor, type(module).forward(module, x))
-        weight = by_input(module)
+        if rule is not self.checked:
+            rule.check(self.meter.size)
+            self.checked = rule
+        decoding = is_decoding(x)
         flat = x.reshape(-1, x.shape[-1])
-        if self.mode != "mask" and rule.threshold is not None and gathers(flat, weight):
+        weight = by_input(module) if self.mode != "mask" and gathers(flat, module.weight) else None
+        sparse = weight if weight is not None and weight.stride(-1) == 1 else None
+        if sparse is not None and rule.threshold is not None:
             counts = self.meter.scratch(len(flat))
-            out = channel_sparse_linear(flat, weight, rule.threshold, module.bias, counts=counts)
-            self.meter.count(x, counts)
+            out = channel_sparse_linear(flat, sparse, rule.threshold, module.bias, counts=counts)
+            self.meter.count(decoding, counts)
             return out.view(*x.shape[:-1], -1)
         kept = rule.mask(x)
-        self.meter.count_mask(x, kept)
-        return cast(Tensor, type(module).forward(module, torch.where(kept, x, 0)))
+        self.meter.count_mask(decoding, kept)
+        x = torch.where(kept, x, 0)
+        if sparse is not None:  # the kernel skips exact zeros
+            return channel_sparse_linear(x.view_as(flat), sparse, None, module.bias).view(*x.shape[:-1], -1)
+        return cast(Tensor, type(module).forward(module, x))
 
 
 def gathers(x: Tensor, weight: Tensor) -> bool:
-    """Whether a kernel that skips weights serves these rows."""
-    return (
-        len(x) <= MAX_ROWS
-        and weight.stride(-1) == 1
-        and (x.is_cuda or runs_natively(x, weight.new_empty(0, dtype=x.dtype)))
-    )
+    """Whether a kernel that skips weights serves these rows: few, and without gradients."""
+    if len(x) > MAX_ROWS or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
+        return False
+    return x.is_cuda or runs_natively(x)
 
 
 def is_decoding(x: Tensor) -> bool:

@@ -13,7 +13,7 @@ from gossamer.errors import InputError, ModelError
 from gossamer.hf.channels import ChannelForward, Meter, Mode, gathers, is_decoding, lay_by_input
 from gossamer.hf.mlp_views import MLPView, mlp_views
 from gossamer.ops import NeuronWeights, sparse_mlp
-from gossamer.ops.linear import MAX_ROWS
+from gossamer.ops.sparse_mlp import run_native
 from gossamer.patterns import NeuronRule
 
 
@@ -56,7 +56,12 @@ class _GatedForward:
 
     def __init__(self, view: MLPView, run: MLPRuntime, meter: Meter) -> None:
         self.view, self.run, self.meter = view, run, meter
-        self.int8: NeuronWeights | None = None
+        self.matrices = (view.gate, view.up, view.down)
+        self.rule: NeuronRule | None = None
+        self.down = ChannelForward(view.down, lambda _: self.rule, meter, run.mode)
+        self.weights: NeuronWeights | None = None
+        self.addresses: tuple[int, ...] = ()
+        self.checked: NeuronRule | None = None
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         view, run = self.view, self.run
@@ -64,31 +69,47 @@ class _GatedForward:
         if rule is None and not run.policy.watches:
             module = cast(Any, view.owner)
             return cast(Tensor, type(module).forward(module, x, *args, **kwargs))
-        flat = x.reshape(-1, x.shape[-1])
-        if rule is not None and rule.on == "gate" and run.mode != "mask" and len(flat) <= MAX_ROWS:
-            weights = self._weights()
-            if weights is not None and gathers(flat, weights.down):
-                counts = self.meter.scratch(len(flat))
-                out = sparse_mlp(
-                    flat, weights, threshold=rule.threshold, count=rule.count, indices=rule.indices, counts=counts
-                )
-                self.meter.count(x, counts)
-                return out.view(x.shape)
+        if rule is not None:
+            if rule is not self.checked:
+                rule.check(view.neurons)
+                self.checked = rule
+            decoding = is_decoding(x)
+            if rule.on == "gate" and run.mode != "mask" and (out := self._gather(x, rule, decoding)) is not None:
+                return out
         gate, product = view.hidden(x)
         if rule is None:
             run.policy.observe(view.index, gate, product)
+        elif rule.on == "product" and view.parts[2] != "wo" and product.dtype is cast(Any, view.down).weight.dtype:
+            self.rule = rule  # T5 has dropout before its `wo`, and may cast
+            return self.down(product)
         else:
             kept = rule.mask(gate if rule.on == "gate" else product)
-            self.meter.count_mask(x, kept)
+            self.meter.count_mask(decoding, kept)
             product = torch.where(kept, product, 0)
         return view.out(product)
 
-    def _weights(self) -> NeuronWeights | None:
-        if not self.run.int8:
-            return self.view.weights()
-        if self.int8 is None and (weights := self.view.weights()) is not None:
-            self.int8 = weights.quantized()
-        return self.int8
+    def _gather(self, x: Tensor, rule: NeuronRule, decoding: bool) -> Tensor | None:
+        """The kernel's result, or None where none serves these rows."""
+        flat = x.reshape(-1, x.shape[-1])
+        if rule.shared and len(flat) > 1:
+            return None  # the kernel chooses for each row by itself
+        parameters = [cast(Tensor, matrix._parameters["weight"]) for matrix in self.matrices]
+        if torch.compiler.is_compiling() or not gathers(flat, parameters[0]):
+            return None  # compiled: masked, since what was kept is counted outside of tensors
+        # Weights may be moved, trained or replaced while this is attached.
+        addresses = tuple(p.data_ptr() for p in parameters)
+        if addresses != self.addresses:
+            weights = self.view.weights()
+            self.weights = weights.quantized() if weights is not None and self.run.int8 else weights
+            self.addresses = addresses
+        weights = self.weights
+        if weights is None or weights.gate.dtype not in (x.dtype, torch.int8):
+            return None
+        counts = self.meter.scratch(len(flat))
+        call = run_native if flat.is_cpu else sparse_mlp
+        out = call(flat.contiguous(), weights, rule.threshold, rule.count, rule.indices, counts)
+        self.meter.count(decoding, counts)
+        return out.view(x.shape)
 
 
 class MLPRuntime:

@@ -39,6 +39,7 @@ OPERATORS = (
     "linear",
     "quantized_decode_attention",
     "select_topk",
+    "sparse_mlp",
     "vertical_slash_attention",
 )
 #: Weights [inputs, outputs] that ``linear`` is timed on, and the rows of x.
@@ -90,11 +91,11 @@ def run(
         in groups of 64 or per token, all rows and the sparse share of them), ``attention_columns`` (the last 256 rows of a
         prompt over the context), ``attention_row`` (alone, and with the output, beside our dense kernel), ``compact_rows``
         (one row of the middle dropped, and every second row), or ``linear`` (the weights in ``WEIGHTS`` times 1, 4 and 8
-        rows; contexts and the shape of the attention don't matter to it). ``delta_linear`` and
-        ``channel_sparse_linear`` are timed on the weights and shares of inputs in ``measure.bench_activations``, beside the
-        dense layer. ``block_sparse_attention`` and ``vertical_slash_attention`` work on prompts of a shape of their own:
-        see ``measure.bench_prefill``, also for what their rows hold. Of the parameters below they take ``contexts``,
-        ``dtypes`` and ``seed``.
+        rows; contexts and the shape of the attention don't matter to it). ``delta_linear``,
+        ``channel_sparse_linear`` and ``sparse_mlp`` are timed on the weights and shares of inputs or neurons in
+        ``measure.bench_activations``, beside the dense layer. ``block_sparse_attention`` and ``vertical_slash_attention``
+        work on prompts of a shape of their own: see ``measure.bench_prefill``, also for what their rows hold. Of the
+        parameters below they take ``contexts``, ``dtypes`` and ``seed``.
     contexts
         Cached tokens.
     dtypes

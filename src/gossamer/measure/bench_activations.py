@@ -16,7 +16,7 @@ from torch import Tensor
 from gossamer import ops
 from gossamer.ops.delta_linear import delta_linear, input_major
 
-OPERATORS = ("channel_sparse_linear", "delta_linear")
+OPERATORS = ("channel_sparse_linear", "delta_linear", "sparse_mlp")
 SHAPES = {
     "Llama-2-7B up": (4096, 11008),
     "Llama-2-7B down": (11008, 4096),
@@ -27,16 +27,23 @@ SHAPES = {
 CASES = ((1, (0.05, 0.1, 0.2, 0.3, 0.5, 1.0)), (4, (0.1,)), (8, (0.1,)))
 """Rows, and the shares of the inputs that count: the same inputs in every row."""
 
+MLPS = {"Llama-2-7B MLP": (4096, 11008), "Mistral-7B MLP": (4096, 14336)}
+"""Gated MLPs [channels, neurons]."""
+MLP_CASES = ((1, (0.1, 0.3, 0.5, 1.0)), (4, (0.3,)), (8, (0.3,)))
+"""Rows, and the shares of the neurons that are kept: the same neurons in every row."""
+
 Way = tuple[str, Callable[[], Any], int]
 
 
 def cases(op: str, dtype: torch.dtype) -> Iterator[tuple[dict[str, Any], list[Way], list[Way]]]:
     """Yield for each shape and number of rows: what the rows of the result share, the ways, and the same ways in small."""
-    make = {"channel_sparse_linear": _channels, "delta_linear": _deltas}[op]
-    for name, (inputs, outputs) in SHAPES.items():
-        for rows, shares in CASES:
+    make = {"channel_sparse_linear": _channels, "delta_linear": _deltas, "sparse_mlp": _mlps}[op]
+    shapes = MLPS if op == "sparse_mlp" else SHAPES
+    todo: tuple[tuple[int, tuple[float, ...]], ...] = MLP_CASES if op == "sparse_mlp" else CASES
+    for name, (inputs, outputs) in shapes.items():
+        for rows, shares in todo:
             shape = {"weight": name, "inputs": inputs, "outputs": outputs, "rows": rows}
-            yield shape, *(make(dtype, rows, inputs, n, shares) for n in (outputs, 16))
+            yield shape, make(dtype, rows, inputs, outputs, shares), make(dtype, rows, inputs, 16, shares)
 
 
 def _dense(x: Tensor, weight: Tensor) -> list[Way]:
@@ -91,4 +98,31 @@ def _channels(dtype: torch.dtype, rows: int, inputs: int, outputs: int, shares: 
                 return ops.channel_sparse_linear(kept, matrix, threshold, scale=scales)
 
             ways.append((f"{share:.0%} kept{name}", call, count * outputs * matrix.element_size()))
+    return ways
+
+
+def _mlps(dtype: torch.dtype, rows: int, channels: int, neurons: int, shares: tuple[float, ...]) -> list[Way]:
+    """Dense by torch and by our linear layer, then with thresholds that keep a share; in 8 bits too, where dense is 100 %."""
+    gate, up, down = (_draw(dtype, rows, channels, neurons)[1] for _ in range(3))
+    x, back = torch.randn(rows, channels).to(dtype), down.t().contiguous()
+    order, nbytes, silu = torch.randperm(neurons), 3 * gate.numel() * gate.element_size(), torch.nn.functional.silu
+    plain = torch.nn.functional.linear
+    ways: list[Way] = [
+        ("torch-linear", lambda: plain(silu(plain(x, gate)) * plain(x, up), back), nbytes),
+        ("dense", lambda: ops.linear(silu(ops.linear(x, gate)) * ops.linear(x, up), back), nbytes),
+    ]
+    weights = ops.NeuronWeights(gate, up, down)
+    stored = [("", weights, gate.element_size())]
+    if dtype is torch.bfloat16:
+        stored.append((" int8", weights.quantized(), 1))
+    for share in shares:
+        count = round(share * neurons)
+        threshold = torch.full((neurons,), torch.inf)
+        threshold[order[:count]] = 0.0
+        for name, held, size in stored:
+
+            def call(held: ops.NeuronWeights = held, threshold: Tensor = threshold) -> Tensor:
+                return ops.sparse_mlp(x, held, threshold)
+
+            ways.append((f"{share:.0%} kept{name}", call, (neurons + 2 * count) * channels * size))
     return ways

@@ -30,6 +30,8 @@ from gossamer.registry import Method, catalogue, make
 CALIBRATION_BLOCKS, CALIBRATION_BLOCK = 16, 512
 #: Slots whose methods change what a prompt leaves in the cache, so that it can't be shared with the dense model.
 CHANGES_PROMPTS = frozenset({"weights", "activations"})
+#: Tokens of the prompt that such a method reads again before it is timed.
+PROMPT = 32
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ def compare(
         timed = index == plan.segments - 1  # the last stretch of text
         caches = run.score(kind, segment, picture=timed)
         if timed:
-            timing = run.time(caches)
+            timing = run.time(caches, segment)
         del caches
         gc.collect()  # a cache and what methods keep for it refer to each other, and are large
     rows = [row_of(loaded.model, m, measured[0], plan.context) for m in measured]
@@ -209,8 +211,7 @@ class _Run:
                 with self._attached(m) as handle:
                     runtime, cache = handle.runtime, shared
                     watches = runtime.decode is not None and runtime.decode.watches_prompt
-                    changed = any(step.method.slot in CHANGES_PROMPTS for step in m.entry.recipe.steps)
-                    own = runtime.prefill is not None or runtime.cache is not None or watches or changed
+                    own = runtime.prefill is not None or runtime.cache is not None or watches or _changes_prompts(m)
                     if own or cache is None:
                         chunk = len(segment.context) if own else 4096  # a sparse prefill sees the whole prompt
                         start = time.perf_counter()
@@ -227,6 +228,7 @@ class _Run:
                     if kind == "text":
                         m.scores.append(scores)
                         m.count(runtime, cache)
+                        m.count_neurons(handle.report())
                         if trace:
                             m.selection = picture_of(trace, runtime.shape.layers)
                     else:
@@ -242,7 +244,7 @@ class _Run:
     def _attached(self, m: Measured) -> Any:
         return m.entry.recipe.attach(self.loaded.model)
 
-    def time(self, caches: list[Any]) -> MethodResult | None:
+    def time(self, caches: list[Any], segment: Segment) -> MethodResult | None:
         """Interleaved timing of all entries on their caches, and of the untouched model on the dense one."""
         model, plan = self.loaded.model, self.plan
         ways = {way: costs.StepTimes() for way in costs.TRANSFORMERS_WAYS} if plan.transformers else {}
@@ -252,6 +254,8 @@ class _Run:
                 self._tick(f"timing {m.entry.label}")
                 if m.error is None:
                     with self._attached(m) as handle, costs.peak_memory() as peak:
+                        if _changes_prompts(m):  # what it chooses while a prompt is read, it has not chosen yet
+                            prefill(model, segment.context[-PROMPT:], PROMPT)
                         costs.time_steps(model, handle.runtime, cache, 1, plan.steps, m.times)
                     m.peak = max([m.peak or 0, *peak]) or None
         for m in self.measured:
@@ -259,6 +263,10 @@ class _Run:
                 m.overhead = costs.overhead_ms(model, lambda m=m: self._attached(m))  # type: ignore[misc]
         timed = {way: times for way, times in ways.items() if times.step}
         return transformers_row(model, timed, int(caches[0].nbytes)) if timed else None
+
+
+def _changes_prompts(m: Measured) -> bool:
+    return any(step.method.slot in CHANGES_PROMPTS for step in m.entry.recipe.steps)
 
 
 def _budget(entries: Sequence[Entry], plan: Plan) -> str:

@@ -118,6 +118,7 @@ class Cost:
         peak_memory: of the process, in bytes.
         formula_bytes: what the method's own formula gives, for whoever checks the counts against it; not shown.
         prefill_area: share of the causal attention map that the prompt's attention computed; None where dense.
+        neurons_kept: share of the MLPs' neurons that decoded tokens computed; None where dense.
     """
 
     prefill_ms: Spread | None = None
@@ -133,6 +134,7 @@ class Cost:
     peak_memory: int | None = None
     formula_bytes: dict[str, float] | None = None
     prefill_area: float | None = None
+    neurons_kept: float | None = None
 
     @property
     def bytes_read(self) -> float:
@@ -268,8 +270,8 @@ class Ranking:
 
     Attributes:
         metric: by what they are ordered.
-        yardstick: what the budget counts: KV bytes `read` per token, KV bytes `held`, or the `area` of attention that
-            prefill computes.
+        yardstick: what the budget counts: KV bytes `read` per token, KV bytes `held`, the `area` of attention that
+            prefill computes, or `neurons` computed.
         budget: share of what dense attention spends.
         samples: independent samples that a difference rests on.
         places: the order, those without a rank last.

@@ -13,6 +13,7 @@ from gossamer.hf import AttentionRuntime, model_shape
 from gossamer.measure import cost as costs
 from gossamer.measure.quality import Scores
 from gossamer.measure.results import Cost, Estimate, MethodResult, Quality, Selection, Spread
+from gossamer.policies import PolicyMethod
 from gossamer.recipe import Recipe
 
 #: Stretches that the context is cut into for the picture of what was read.
@@ -51,6 +52,8 @@ class Measured:
     peak: int | None = None
     yardstick: str | None = None
     area: float | None = None
+    neurons: float | None = None
+    skipped_bytes: int = 0
 
     def count(self, runtime: AttentionRuntime, cache: Any) -> None:
         """Take over what decode steps read, per token, and what the cache and the policies hold."""
@@ -60,6 +63,13 @@ class Measured:
             self.read[name] = value / tokens
         self.held_bytes = int(cache.nbytes)
         self.extra_bytes = sum(_state_bytes(layer.views.get(runtime)) for layer in cache.layers)
+
+    def count_neurons(self, report: dict[str, Any]) -> None:
+        """Take over what an activation method kept, and the weights that a decode step does not read for it."""
+        if (kept := report.get("neurons_kept", report.get("channels_kept"))) is not None:
+            self.yardstick, self.neurons = self.yardstick or "neurons", kept
+            pairs = (("mlp_bytes_dense", "mlp_bytes_read"), ("channel_bytes_dense", "channel_bytes_read"))
+            self.skipped_bytes = sum(report.get(dense, 0) - report.get(read, 0) for dense, read in pairs)
 
     def note(self, messages: Sequence[str]) -> None:
         """Add remarks that are not there yet."""
@@ -143,10 +153,10 @@ def row_of(model: nn.Module, m: Measured, dense: Measured, context: int) -> Meth
 
 
 def _cost(model: nn.Module, m: Measured, dense: Measured, context: int) -> Cost:
-    formula = None
-    if len(m.entry.recipe.steps) == 1 and hasattr(m.entry.method, "io_bytes"):
+    formula: dict[str, float] | None = None
+    if len(m.entry.recipe.steps) == 1 and isinstance(m.entry.method, PolicyMethod):
         element = next(model.parameters()).element_size()
-        formula = m.entry.method.io_bytes(context, model_shape(model), element)
+        formula = dict(m.entry.method.io_bytes(context, model_shape(model), element))
     return Cost(
         prefill_ms=Spread.of(m.prefill_ms or dense.prefill_ms),
         token_ms=Spread.of(m.times.step) if m.times.step else None,
@@ -157,10 +167,11 @@ def _cost(model: nn.Module, m: Measured, dense: Measured, context: int) -> Cost:
         kv_bytes_read=m.read.get("kv", 0.0),
         score_bytes_read=m.read.get("score", 0.0),
         dense_bytes_read=m.read.get("dense", 0.0),
-        weight_bytes_read=costs.weight_bytes(model),
+        weight_bytes_read=costs.weight_bytes(model) - m.skipped_bytes,
         peak_memory=m.peak,
         formula_bytes=formula,
         prefill_area=m.area,
+        neurons_kept=m.neurons,
     )
 
 

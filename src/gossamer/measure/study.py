@@ -5,6 +5,7 @@ The budget means the same for every method of a kind:
     read   decode methods     bytes of keys and values that one step reads, over what dense attention reads
     held   cache methods      bytes of keys and values that stay in memory, over the full cache
     area   prefill methods    share of the causal attention map that is computed, so of its FLOPs
+    neurons  activations      share of the MLPs' neurons that a decoded token computes
 
 What it takes to choose (labels, page bounds, votes) is counted beside it, not in it. Two methods are told apart by the
 differences of their losses on the same tokens, which move together: means over blocks of `BLOCK` consecutive tokens are the
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from gossamer.measure.rows import Measured
 from gossamer.policies import PolicyMethod
 from gossamer.registry import Method, make, method
 
-Yardstick = Literal["read", "held", "area"]
+Yardstick = Literal["read", "held", "area", "neurons"]
 
 #: Consecutive tokens whose mean is one sample of a difference.
 BLOCK = 16
@@ -62,6 +63,8 @@ def at_budget(slug: str, budget: float, context: int, shape: ModelShape, element
     {'budget': 0.0625}
     """
     cls = method(slug)
+    if hasattr(cls, "with_share"):
+        return cast(Method, cls.with_share(budget))
     fields = cls.model_fields
     settings: dict[str, Any] = {"dense_layers": ()} if "dense_layers" in fields else {}
     for name in ("area", "budget", cls.budget_setting):
@@ -92,13 +95,13 @@ def share_of(m: Measured, dense: Measured) -> float | None:
         return m.held_bytes / dense.held_bytes if dense.held_bytes else None
     if m.yardstick == "read":
         return m.read["kv"] / m.read["dense"] if m.read.get("dense") else None
-    return m.area
+    return m.neurons if m.yardstick == "neurons" else m.area
 
 
 def rank(measured: Sequence[Measured], dense: Measured, budget: float) -> list[Ranking]:
     """Order the methods of each yardstick by KL on text, and by the log-probability of the tasks' answers."""
     rankings = []
-    for kind in ("read", "held", "area"):
+    for kind in ("read", "held", "area", "neurons"):
         group = [m for m in measured if m.error is None and m is not dense and m.yardstick == kind]
         if not group:
             continue

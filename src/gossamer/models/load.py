@@ -13,6 +13,7 @@ Pickled checkpoints and code that comes with a model are never read: both can ru
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
 import json
 import logging
@@ -46,6 +47,8 @@ MARKER = "complete.json"
 CACHE_FORMAT = 1
 STALE_AFTER_SECONDS = 24 * 3600
 
+#: Their import tells transformers' Auto classes of the models that are trained here.
+_OWN_MODELS = ("gossamer.activations",)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -205,6 +208,8 @@ def _from_pretrained(source: str, what: str, check: bool, *, dtype: torch.dtype 
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    for module in _OWN_MODELS:
+        importlib.import_module(module)
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **where)

@@ -127,7 +127,11 @@ def train(
         if after_step is not None:
             after_step(step)
         if step % every == 0 or step == plan.steps - 1:
-            point = {"step": float(step), "loss": float(loss.detach()), "penalty": float(extra)}
+            point = {
+                "step": float(step),
+                "loss": float(loss.detach()),
+                "penalty": float(torch.as_tensor(extra).detach()),
+            }
             if not math.isfinite(point["loss"]):
                 raise InputError(f"the loss is not finite at step {step}: lower the learning rate or the penalty")
             training.curve.append(point)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gossamer.errors import InputError
+from gossamer.ops._checks import raise_status
+from gossamer.ops._dispatch import DTYPE_CODES, native, resolve, triton_call
 from gossamer.ops.linear import MAX_ROWS
 
 _OP = "sparse_mlp"
@@ -22,6 +24,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
 }
 """What the gate may be activated by."""
+_CODES = {name: code for code, name in enumerate(("silu", "relu", "gelu", "gelu_tanh"))}
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +80,16 @@ class NeuronWeights:
         """d."""
         return self.gate.shape[1]
 
+    @cached_property
+    def pointers(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What the native kernel is told of these weights: addresses, then strides and sizes."""
+        tensors: list[int] = []
+        for name in ("gate", "up", "down"):
+            parts = (getattr(self, name + part) for part in ("", "_bias", "_scale"))
+            tensors += [0 if part is None else part.data_ptr() for part in parts]
+        strides = (self.gate.stride(0), self.up.stride(0), self.down.stride(0))
+        return tuple(tensors), (*strides, self.neurons, self.channels, _CODES[self.activation])
+
     def quantized(self) -> NeuronWeights:
         """A copy with int8 weights, rounded to nearest with one scale for each neuron and matrix."""
         made = {}
@@ -91,7 +104,6 @@ class NeuronWeights:
 def sparse_mlp(
     x: Tensor,
     weights: NeuronWeights,
-    *,
     threshold: Tensor | None = None,
     count: int | None = None,
     indices: Tensor | None = None,
@@ -142,7 +154,66 @@ def sparse_mlp(
         raise InputError(f"{_OP}: counts must have shape [{x.shape[0] + 1}], got {list(counts.shape)}")
     if weights.gate.dtype not in (x.dtype, torch.int8) or not x.dtype.is_floating_point:
         raise InputError(f"{_OP}: x is {x.dtype}, the weights are {weights.gate.dtype}")
+    if torch.compiler.is_compiling():
+        parts = [getattr(weights, name + part) for name in ("gate", "up", "down") for part in ("", "_bias", "_scale")]
+        traced: Tensor = torch.ops.gossamer.sparse_mlp(x, *parts, weights.activation, threshold, count, indices, counts)
+        return traced
+    return _run(x, weights, threshold, count, indices, counts)
+
+
+def _run(
+    x: Tensor,
+    weights: NeuronWeights,
+    threshold: Tensor | None,
+    count: int | None,
+    indices: Tensor | None,
+    counts: Tensor | None,
+) -> Tensor:
+    backend = resolve(_OP, _OP, x, weights.gate, weights.up, weights.down)
+    if backend == "triton":
+        out: Tensor = triton_call(_OP, _OP)(x, weights, threshold, count, indices, counts)
+        return out
+    if backend == "native" and _native_takes(weights):
+        return run_native(x.contiguous(), weights, threshold, count, indices, counts)
     return _reference(x, weights, threshold, count, indices, counts)
+
+
+def _native_takes(weights: NeuronWeights) -> bool:
+    parts = [getattr(weights, name + part) for name in ("gate", "up", "down") for part in ("", "_bias", "_scale")]
+    return all(part.is_cpu and part.stride(-1) == 1 for part in parts if part is not None)
+
+
+def run_native(
+    x: Tensor,
+    weights: NeuronWeights,
+    threshold: Tensor | None,
+    count: int | None,
+    indices: Tensor | None,
+    counts: Tensor | None,
+) -> Tensor:
+    """The native kernel without the checks: for callers that made them, once, for all their calls."""
+    rows, channels = x.shape
+    out = torch.empty((rows, channels), dtype=x.dtype)
+    if counts is None:
+        counts = torch.empty(rows + 1, dtype=torch.int64)
+    tensors, sizes = weights.pointers
+    if indices is not None:
+        count = len(indices)
+    status = native().sparse_mlp(
+        tensors,
+        (*sizes, DTYPE_CODES[x.dtype], int(weights.gate.dtype is torch.int8)),
+        x.data_ptr(),
+        out.data_ptr(),
+        counts.data_ptr(),
+        0 if threshold is None else threshold.data_ptr(),
+        0 if threshold is None or threshold.ndim == 0 else 1,
+        0 if indices is None else indices.data_ptr(),
+        count or 0,
+        rows,
+        torch.get_num_threads(),
+    )
+    raise_status(_OP, status)
+    return out
 
 
 def _reference(
@@ -177,3 +248,34 @@ def _reference(
         counts[:-1] = kept.sum(-1)
         counts[-1] = kept.any(0).sum()
     return out.to(x.dtype)
+
+
+def _traced(
+    x: Tensor,
+    gate: Tensor,
+    gate_bias: Tensor | None,
+    gate_scale: Tensor | None,
+    up: Tensor,
+    up_bias: Tensor | None,
+    up_scale: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
+    down_scale: Tensor | None,
+    activation: str,
+    threshold: Tensor | None,
+    count: int | None,
+    indices: Tensor | None,
+    counts: Tensor | None,
+) -> Tensor:
+    weights = NeuronWeights(
+        gate, up, down, gate_bias, up_bias, down_bias, gate_scale, up_scale, down_scale, activation=activation
+    )
+    return _run(x, weights, threshold, count, indices, counts)
+
+
+_custom = torch.library.custom_op("gossamer::sparse_mlp", _traced, mutates_args=("counts",))
+
+
+@_custom.register_fake
+def _fake(x: Tensor, *rest: object) -> Tensor:
+    return x.new_empty(x.shape)

@@ -3,6 +3,21 @@
 from gossamer.patterns.area import AreaMeter, causal_pairs
 from gossamer.patterns.budget import Budget, resolve
 from gossamer.patterns.neurons import NeuronRule
-from gossamer.patterns.quantiles import MagnitudeSketch, exact_quantile
+from gossamer.patterns.quantiles import MagnitudeSketch, exact_quantile, threshold_at
+from gossamer.patterns.schedules import SineStages
+from gossamer.patterns.trees import Tree, best_tree, expected_tokens
 
-__all__ = ["AreaMeter", "Budget", "MagnitudeSketch", "NeuronRule", "causal_pairs", "exact_quantile", "resolve"]
+__all__ = [
+    "AreaMeter",
+    "Budget",
+    "MagnitudeSketch",
+    "NeuronRule",
+    "SineStages",
+    "Tree",
+    "best_tree",
+    "causal_pairs",
+    "exact_quantile",
+    "expected_tokens",
+    "resolve",
+    "threshold_at",
+]

@@ -21,6 +21,7 @@ class NeuronRule:
         indices: int32 ``[n]``, ascending, no repeats: the same neurons for every token.
         on: what ``a`` is in a gated MLP: the activated gate (up and down are then skipped where it is dropped), or its
             product with up (which must be computed to be judged, so that only down is skipped).
+        shared: with `count`, all tokens of a call keep the same neurons: those with the largest ``Σ_tokens |a|``.
 
     Raises:
         InputError: none or several forms, or one out of range.
@@ -35,6 +36,7 @@ class NeuronRule:
     count: int | None = None
     indices: Tensor | None = None
     on: Literal["gate", "product"] = "gate"
+    shared: bool = False
 
     def __post_init__(self) -> None:
         forms = (self.threshold, self.count, self.indices)
@@ -42,10 +44,14 @@ class NeuronRule:
             raise InputError("a neuron rule has one of threshold, count and indices")
         if self.threshold is not None and (self.threshold.ndim > 1 or bool((self.threshold < 0).any())):
             raise InputError("thresholds of neurons are [] or [D], and not negative")
-        if self.threshold is not None and bool(self.threshold.isnan().any()):
-            raise InputError("a threshold of neurons is NaN")
+        if self.threshold is not None:
+            if bool(self.threshold.isnan().any()):
+                raise InputError("a threshold of neurons is NaN")
+            object.__setattr__(self, "threshold", self.threshold.float().contiguous())  # as kernels read it
         if self.count is not None and self.count < 0:
             raise InputError(f"a count of neurons must not be negative, got {self.count}")
+        if self.shared and self.count is None:
+            raise InputError("only a count of neurons is shared by the tokens of a call")
         if self.indices is not None and (
             self.indices.dtype is not torch.int32
             or self.indices.ndim != 1
@@ -53,6 +59,15 @@ class NeuronRule:
             or bool((self.indices[:1] < 0).any())
         ):
             raise InputError("indices of neurons are int32 [n], ascending and without repeats")
+
+    def check(self, size: int) -> None:
+        """Raise `InputError` unless the rule fits so many neurons."""
+        if self.threshold is not None and self.threshold.numel() not in (1, size):
+            raise InputError(f"a rule has {self.threshold.numel()} thresholds for {size} neurons")
+        if self.threshold is not None and self.threshold.ndim and self.threshold.numel() != size:
+            raise InputError(f"a single threshold has shape [], not [1], for {size} neurons")
+        if self.indices is not None and len(self.indices) and int(self.indices[-1]) >= size:
+            raise InputError(f"a rule names neuron {int(self.indices[-1])} of {size}")
 
     def mask(self, a: Tensor) -> Tensor:
         """Bool ``[..., D]``: what is kept."""
@@ -63,5 +78,9 @@ class NeuronRule:
             kept[self.indices.long()] = True
             return kept.expand(a.shape)
         count = min(self.count or 0, a.shape[-1])
-        best = a.abs().topk(count, dim=-1).indices
+        if self.shared:
+            together = a.abs().reshape(-1, a.shape[-1]).sum(0)
+            best = together.topk(count).indices.expand(*a.shape[:-1], count)
+        else:
+            best = a.abs().topk(count, dim=-1).indices
         return torch.zeros_like(a, dtype=torch.bool).scatter_(-1, best, True)

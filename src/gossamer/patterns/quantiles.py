@@ -11,6 +11,8 @@ from gossamer.errors import CalibrationError, InputError
 # 2048th of the value wide, over the whole range of float32.
 _SHIFT = 12
 _BINS = 1 << (31 - _SHIFT)
+#: Quantiles that a table holds, one for each thousandth, so that a calibration serves every sparsity.
+TABLE = 1001
 
 
 class MagnitudeSketch:
@@ -46,13 +48,33 @@ class MagnitudeSketch:
         """
         if not 0 <= share <= 1:
             raise InputError(f"a share must be in 0 .. 1, got {share:g}")
+        return float(self._quantiles(torch.tensor([share], dtype=torch.float64)))
+
+    def table(self) -> Tensor:
+        """float32 ``[1001]``: the quantiles of 0, 0.001, … 1; see `threshold_at`."""
+        return self._quantiles(torch.arange(TABLE, dtype=torch.float64) / (TABLE - 1))
+
+    def _quantiles(self, shares: Tensor) -> Tensor:
         if not self.total:
             raise InputError("a quantile needs values")
-        if share == 0:
-            return 0.0
-        bin_ = int(torch.searchsorted(self.counts.cumsum(0), torch.tensor(share * self.total - 1e-9)))
+        bins = torch.searchsorted(self.counts.cumsum(0).double(), shares * self.total - 1e-6)
         # The greatest float of the bin: everything counted in it is dropped.
-        return float(torch.tensor((bin_ << _SHIFT) | ((1 << _SHIFT) - 1), dtype=torch.int32).view(torch.float32))
+        ends = ((bins << _SHIFT) | ((1 << _SHIFT) - 1)).to(torch.int32).view(torch.float32)
+        return torch.where(shares == 0, 0.0, ends)
+
+
+def threshold_at(table: Tensor, share: float) -> Tensor:
+    """The threshold that drops `share`, float32 ``[...]``, from quantile tables ``[..., 1001]``; linear in between.
+
+    >>> threshold_at(torch.linspace(0, 2, TABLE), 0.25)
+    tensor(0.5000)
+    """
+    if not 0 <= share <= 1 or table.shape[-1] != TABLE:
+        raise InputError(f"want tables of {TABLE} quantiles and a share in 0 .. 1, got {list(table.shape)}, {share:g}")
+    place = share * (TABLE - 1)
+    below = round(place) if abs(place - round(place)) < 1e-9 else int(place)
+    low = table[..., below].float()
+    return low if below >= place else low + (place - below) * (table[..., below + 1].float() - low)
 
 
 def exact_quantile(values: Tensor, share: float) -> float:

@@ -222,9 +222,11 @@ def run_seed(seed: int, progress: Progress = lambda what, done, total: None) -> 
 def _experiment(progress: Progress) -> Outcome:
     raw: dict[str, Any] = {}
     for seed in SEEDS:
-        raw[str(seed)] = run_seed(
-            seed, lambda what, done, total, seed=seed: progress(f"seed {seed}: {what}", done, total)
-        )
+
+        def tell(what: str, done: int, total: int, seed: int = seed) -> None:
+            progress(f"seed {seed}: {what}", done, total)
+
+        raw[str(seed)] = run_seed(seed, tell)
     mean: dict[str, dict[str, float]] = {
         arm: {key: sum(raw[s]["arms"][arm][key] for s in raw) / len(raw) for key in ("accuracy", "weighted")}
         for arm in ("spatial", "delta", "untrained")

@@ -16,8 +16,9 @@ _COUNTED = {
     "read": "KV bytes read per token",
     "held": "KV bytes held",
     "area": "attention computed in prefill",
+    "neurons": "neurons computed",
 }
-_SPENT = {"read": "read", "held": "held", "area": "area"}
+_SPENT = {"read": "read", "held": "held", "area": "area", "neurons": "kept"}
 
 
 def title(ranking: Ranking) -> str:

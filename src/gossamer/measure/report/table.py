@@ -145,6 +145,9 @@ def _cells(comparison: Comparison, row: MethodResult, won: dict[str, MethodResul
         cells["bytes_read"] = mark(
             "bytes_read", human_bytes(c.bytes_read), percent(c.share_read) if c.share_read is not None else ""
         )
+        if c.neurons_kept is not None:
+            cells["neurons"] = mark("neurons", percent(c.neurons_kept))
+            cells["weights"] = mark("weights", human_bytes(c.weight_bytes_read))
         cells["held"] = mark("held", human_bytes(c.kv_bytes_held + c.extra_bytes_held))
     return cells
 
@@ -160,6 +163,8 @@ def _columns(comparison: Comparison) -> dict[str, str]:
         "token_ms": "ms/token",
         "bytes_read": "read/token",
         "held": "held",
+        "neurons": "neurons",
+        "weights": "weights\nread",
     }
     filled = {
         key for row in comparison.methods for key, cell in _cells(comparison, row, {}).items() if cell != _REFERENCE

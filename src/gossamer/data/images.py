@@ -1,0 +1,102 @@
+"""Images that need no network: scikit-learn's digits, with noise on images and labels.
+
+from gossamer.data.images import add_noise, corrupt_labels, digits
+data = digits()
+noisy = corrupt_labels(data.train_labels, 0.4, 10, seed=0)
+blurred = add_noise(data.test_images, "shot", severity=3, seed=0)
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from gossamer.errors import InputError
+
+Noise = Literal["gaussian", "impulse", "shot"]
+NOISES: tuple[Noise, ...] = get_args(Noise)
+
+#: Strength of severities 1 to 5, as in ImageNet-C (Hendrycks & Dietterich 2019): standard deviation; share of pixels
+#: replaced; photons of a white pixel.
+_STRENGTH: dict[str, tuple[float, ...]] = {
+    "gaussian": (0.08, 0.12, 0.18, 0.26, 0.38),
+    "impulse": (0.03, 0.06, 0.09, 0.17, 0.27),
+    "shot": (60.0, 25.0, 12.0, 5.0, 3.0),
+}
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images float32 ``[n, channels, height, width]`` in [0, 1] and labels int64 ``[n]``, in two disjoint parts."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    classes: int
+
+
+@functools.cache
+def digits(train: int = 900, seed: int = 0) -> Images:
+    """The 1,797 handwritten digits of scikit-learn, ``[1, 8, 8]`` each, shuffled and cut after `train` of them.
+
+    The same seed gives the same parts; the data are shared, so change copies only.
+
+    Raises InputError without scikit-learn, or where a part would be empty.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise InputError("the digits come with scikit-learn: pip install 'gossamer-sparse[data]'") from None
+    pixels, labels = load_digits(return_X_y=True)
+    if not 0 < train < len(labels):
+        raise InputError(f"digits: train must be between 1 and {len(labels) - 1}, got {train}")
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    images = torch.from_numpy(pixels).float().view(-1, 1, 8, 8)[order] / 16
+    classes = torch.from_numpy(labels).long()[order]
+    return Images(images[:train], classes[:train], images[train:], classes[train:], 10)
+
+
+def add_noise(images: Tensor, kind: Noise, severity: int, seed: int = 0) -> Tensor:
+    """Images in [0, 1] with the noise of ImageNet-C, clipped to [0, 1]; a new tensor, of the same shape and dtype.
+
+    kind: `gaussian`, added to every pixel; `impulse`, salt and pepper in equal parts; `shot`, Poisson counts of photons.
+    severity: 1 (light) to 5.
+
+    Raises InputError for another kind or severity, and for images that are not floating point in [0, 1].
+    """
+    if kind not in NOISES or severity not in range(1, 6):
+        raise InputError(f"add_noise: kind is one of {', '.join(NOISES)}, severity 1 to 5; got {kind!r}, {severity!r}")
+    # A comparison that NaN fails.
+    if not images.is_floating_point() or not bool(((images >= 0) & (images <= 1)).all()):
+        raise InputError("add_noise: images must be floating point, finite, in [0, 1]")
+    strength, generator = _STRENGTH[kind][severity - 1], torch.Generator(images.device).manual_seed(seed)
+    if kind == "gaussian":
+        noise = torch.randn(images.shape, generator=generator, device=images.device, dtype=images.dtype)
+        return (images + strength * noise).clamp(0, 1)
+    if kind == "shot":
+        return (torch.poisson(images * strength, generator=generator) / strength).clamp(0, 1)
+    draw = torch.rand(images.shape, generator=generator, device=images.device)
+    pepper, salt = draw < strength / 2, (draw >= strength / 2) & (draw < strength)
+    return images.masked_fill(pepper, 0).masked_fill(salt, 1)
+
+
+def corrupt_labels(labels: Tensor, share: float, classes: int, seed: int = 0) -> Tensor:
+    """Labels of which each is, with probability `share`, replaced by a uniform draw from all classes (the true one included).
+
+    So about ``share·(1 − 1/classes)`` of them change.
+
+    labels: int64 of any shape, in [0, classes). Raises InputError for others, or a share outside [0, 1].
+    """
+    if not 0 <= share <= 1 or classes < 1:
+        raise InputError(f"corrupt_labels: share must be in [0, 1] and classes at least 1; got {share}, {classes}")
+    if labels.dtype != torch.int64 or bool(((labels < 0) | (labels >= classes)).any()):
+        raise InputError(f"corrupt_labels: labels must be int64 in [0, {classes})")
+    generator = torch.Generator(labels.device).manual_seed(seed)
+    replaced = torch.rand(labels.shape, generator=generator, device=labels.device) < share
+    drawn = torch.randint(classes, labels.shape, generator=generator, device=labels.device)
+    return torch.where(replaced, drawn, labels)

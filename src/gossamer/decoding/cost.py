@@ -1,0 +1,202 @@
+"""What a forward costs by its number of tokens, measured here, and the tree that pays best by it.
+
+A decode step reads every weight once whether it carries one token or eight, so a few candidates are nearly free where the
+weights set the pace, and dear where arithmetic does. That is measured, never assumed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gossamer.errors import InputError
+from gossamer.hf import AttentionRuntime, GossamerCache
+from gossamer.hf.attention import attached_runtime
+from gossamer.models import cache_folder, fingerprint
+from gossamer.patterns import Tree, best_tree, expected_tokens
+
+#: Numbers of tokens that are measured; between them costs are interpolated.
+SIZES = (1, 2, 4, 6, 8, 9, 12, 16, 24, 32, 48, 64, 96)
+
+
+@dataclass(frozen=True)
+class ForwardCost:
+    """Median seconds of a forward of so many tokens behind a context, by number of tokens, ascending."""
+
+    sizes: tuple[int, ...]
+    seconds: tuple[float, ...]
+    context: int
+
+    def __post_init__(self) -> None:
+        if not self.sizes or len(self.sizes) != len(self.seconds) or list(self.sizes) != sorted(set(self.sizes)):
+            raise InputError("costs want ascending numbers of tokens, each with its seconds")
+        if self.sizes[0] != 1 or min(self.seconds) <= 0:
+            raise InputError("costs start at one token and are positive")
+
+    def ratio(self, tokens: int) -> float:
+        """Cost of a forward of so many tokens over that of one; beyond the last measured one in proportion.
+
+        >>> ForwardCost((1, 8, 16), (1.0, 1.5, 4.0), 100).ratio(12)
+        2.75
+        """
+        last = self.sizes[-1]
+        if tokens >= last:
+            return self.seconds[-1] / self.seconds[0] * tokens / last
+        after = next(i for i, size in enumerate(self.sizes) if size >= tokens)
+        if self.sizes[after] == tokens or after == 0:
+            return self.seconds[after] / self.seconds[0]
+        low, high = self.sizes[after - 1], self.sizes[after]
+        part = (tokens - low) / (high - low)
+        return (self.seconds[after - 1] * (1 - part) + self.seconds[after] * part) / self.seconds[0]
+
+    def best_size(self, gain: Sequence[tuple[int, float]]) -> int:
+        """Of (tokens of a forward, tokens that it yields) pairs the number that yields most for its time.
+
+        >>> ForwardCost((1, 8, 16), (1.0, 1.5, 4.0), 100).best_size([(1, 1.0), (8, 1.8), (16, 2.4)])
+        8
+        """
+        return max(gain, key=lambda pair: pair[1] / self.ratio(pair[0]))[0]
+
+
+def measure(model: nn.Module, context: int = 256, sizes: Sequence[int] = SIZES, rounds: int = 5) -> ForwardCost:
+    """Time forwards of each number of tokens behind `context` cached ones, interleaved, with whatever is attached.
+
+    Raises:
+        InputError: no sizes, or none of one token.
+    """
+    call: Any = model
+    device = next(model.parameters()).device
+    runtime = attached_runtime(model)
+    own = AttentionRuntime(model) if runtime is None else None
+    runtime = runtime or own
+    assert runtime is not None
+    times: dict[int, list[float]] = {size: [] for size in sorted(set(sizes))}
+    try:
+        with torch.no_grad():
+            cache: Any = GossamerCache(reserve=context + max(times))
+            call(torch.zeros(1, context, dtype=torch.long, device=device), past_key_values=cache, use_cache=True)
+            for turn in range(rounds + 1):
+                for size, seconds in times.items():
+                    tokens = torch.zeros(1, size, dtype=torch.long, device=device)
+                    start = time.perf_counter()
+                    with runtime.tree_forward(Tree.of_chains(size - 1, 1)):
+                        call(tokens, past_key_values=cache, use_cache=True, position_ids=_flat(context, size, device))
+                    if device.type == "cuda":
+                        torch.cuda.synchronize(device)
+                    if turn:
+                        seconds.append(time.perf_counter() - start)
+                    cache.crop(context - cache.get_seq_length())
+    finally:
+        if own is not None:
+            own.detach()
+    return ForwardCost(tuple(times), tuple(statistics.median(t) for t in times.values()), context)
+
+
+def _flat(context: int, size: int, device: torch.device) -> torch.Tensor:
+    positions = torch.full((1, size), context + 1, device=device)
+    positions[0, 0] = context
+    return positions
+
+
+def cost_of(model: Any, folder: Path | None = None) -> ForwardCost:
+    """The cost of this model's forwards on this machine, with this dtype and number of threads; measured once and kept."""
+    facts = [fingerprint(model), str(next(model.parameters()).dtype), torch.get_num_threads(), platform.machine()]
+    facts += [platform.processor(), os.cpu_count(), str(next(model.parameters()).device), torch.__version__]
+    facts.append(sum("forward" in module.__dict__ for module in model.modules()))  # what is attached to it
+    name = "-".join(str(f) for f in facts).replace("/", "_").replace(" ", "_").replace(":", "_")
+    path = (folder or cache_folder() / "forward-cost") / f"{name}.json"
+    try:
+        data = json.loads(path.read_text("utf-8"))
+        return ForwardCost(tuple(data["sizes"]), tuple(data["seconds"]), data["context"])
+    except (OSError, ValueError, KeyError, TypeError):
+        cost = measure(model)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(
+            json.dumps({"sizes": cost.sizes, "seconds": cost.seconds, "context": cost.context}), "utf-8"
+        )
+        os.replace(temporary, path)
+    except OSError:
+        pass  # it will be measured again
+    return cost
+
+
+class Sizer:
+    """Chooses the tree of each step: learns how often the candidate of each rank is right, and weighs that against costs.
+
+    Where no tree pays, steps are plain, and every `rest` steps one is drafted all the same, to see whether that has changed;
+    the rests double up to 64 while it has not.
+
+    Args:
+        cost: of forwards.
+        depth, ranks: what the drafter can fill.
+        most: largest number of nodes below the root.
+    """
+
+    #: Weight of what is remembered against one new observation, and what is believed before any.
+    MEMORY, BELIEF = 0.97, 2.0
+    EVERY = 8  # steps between two choices of a tree
+
+    def __init__(self, cost: ForwardCost, depth: int, ranks: int, most: int = 63) -> None:
+        self.cost, self.most = cost, most
+        # Before anything was seen: the first candidate is right in two of five cases, the others share a tenth.
+        first = [0.4] + [0.1 / (rank + 1) for rank in range(1, ranks)]
+        self.right = [[self.BELIEF * p for p in first] for _ in range(depth)]
+        self.tried = [[self.BELIEF] * ranks for _ in range(depth)]
+        self.steps = self.resting = 0
+        self.rest = 4
+        self.tree = self._choose()
+
+    @property
+    def chances(self) -> list[list[float]]:
+        """Of each depth and rank: how often the candidate is right where its parent was."""
+        return [
+            [r / t for r, t in zip(right, tried, strict=True)]
+            for right, tried in zip(self.right, self.tried, strict=True)
+        ]
+
+    def next(self) -> Tree:
+        """The tree of this step."""
+        self.steps += 1
+        if self.steps % self.EVERY == 0:
+            self.tree = self._choose()
+        if self.tree.size > 1:
+            self.rest = 4
+            return self.tree
+        self.resting += 1
+        if self.resting < self.rest:
+            return self.tree
+        self.resting, self.rest = 0, min(64, 2 * self.rest)
+        return best_tree(self.chances, min(3, self.most))
+
+    def learn(self, tree: Tree, tokens: Sequence[int], path: Sequence[int]) -> None:
+        """Which candidates were right: those on the accepted path, of all that stood beside them."""
+        accepted = set(path)
+        for node in path:
+            for child in tree.children[node]:
+                depth, rank = tree.depths[node], tree.ranks[child]
+                if depth >= len(self.right) or rank >= len(self.right[depth]):
+                    continue
+                hit = child in accepted and tokens[child] >= 0
+                self.right[depth][rank] = self.MEMORY * self.right[depth][rank] + hit
+                self.tried[depth][rank] = self.MEMORY * self.tried[depth][rank] + 1
+
+    def _choose(self) -> Tree:
+        chances = self.chances
+        trees = {1: Tree.chain(0)}
+        for size in (*range(2, 17), 20, 24, 32, 48, 64):
+            if size - 1 <= self.most:
+                tree = best_tree(chances, size - 1)
+                trees[tree.size] = tree
+        return trees[self.cost.best_size([(size, expected_tokens(tree, chances)) for size, tree in trees.items()])]

@@ -1,0 +1,82 @@
+"""Drafting from the text itself: baselines that need no model and no training."""
+
+from __future__ import annotations
+
+from pydantic import Field
+from torch import nn
+
+from gossamer.calibration import Calibration
+from gossamer.decoding.base import Context, Drafter, DraftingMethod, Target, Verdict
+from gossamer.patterns import Tree
+from gossamer.registry import register
+
+
+class LookupDrafter(Drafter):
+    """Continues as the text did behind the last places where its last tokens stood before.
+
+    The candidate of rank r at depth 1 begins the r-th latest such place; deeper ones follow it. Longer matches come first.
+    """
+
+    def __init__(self, longest: int, shortest: int, depth: int, ranks: int) -> None:
+        self.longest, self.shortest, self.depth, self.ranks = longest, shortest, depth, ranks
+        self.text: list[int] = []
+        self.places: dict[tuple[int, ...], list[int]] = {}
+
+    def begin(self, context: Context) -> None:
+        """Index the prompt."""
+        self.text, self.places = [], {}
+        self._extend(context.ids.tolist())
+
+    def _extend(self, tokens: list[int]) -> None:
+        for token in tokens:
+            self.text.append(token)
+            end = len(self.text)
+            for size in range(self.shortest, self.longest + 1):
+                if end >= size:
+                    self.places.setdefault(tuple(self.text[end - size :]), []).append(end)
+
+    def continuations(self) -> list[list[int]]:
+        """What followed the last tokens before: distinct in their first token, the best match first."""
+        found: dict[int, list[int]] = {}
+        end = len(self.text)
+        for size in range(min(self.longest, end), self.shortest - 1, -1):
+            for place in reversed(self.places.get(tuple(self.text[end - size :]), ())):
+                if place < end and self.text[place] not in found:
+                    found[self.text[place]] = self.text[place : place + self.depth]
+                    if len(found) == self.ranks:
+                        return list(found.values())
+        return list(found.values())
+
+    def fill(self, context: Context, tree: Tree) -> list[int]:
+        """As `Drafter.fill`."""
+        self._extend(context.ids[len(self.text) :].tolist())
+        runs = self.continuations()
+        tokens = [self.text[-1]]
+        for path in tree.rank_paths[1:]:
+            run = runs[path[0]] if path[0] < len(runs) else []
+            tokens.append(run[len(path) - 1] if len(path) <= len(run) and not any(path[1:]) else -1)
+        return tokens
+
+    def observe(self, target: Target, verdict: Verdict) -> None:
+        """Nothing is learned but the text, which `fill` reads."""
+
+
+@register("prompt-lookup", slot="drafting", family="decoding", name="Prompt lookup", baseline=True)
+class PromptLookup(DraftingMethod):
+    """Draft what followed the last tokens where they stood before in the text; lossless, no model, no training.
+
+    A baseline. Good where answers copy from the prompt (summaries, edits, code); nothing is drafted where nothing repeats. A
+    lookup takes microseconds.
+
+    >>> PromptLookup(longest=3).settings()
+    {}
+    """
+
+    longest: int = Field(3, ge=1, description="tokens of the longest match that is looked for")
+    shortest: int = Field(1, ge=1, description="tokens of the shortest")
+    depth: int = Field(10, ge=1, description="tokens of a candidate continuation")
+    ranks: int = Field(2, ge=1, description="continuations, each beginning with another token")
+
+    def drafter(self, model: nn.Module, calibration: Calibration | None) -> Drafter:
+        """As `DraftingMethod`."""
+        return LookupDrafter(self.longest, self.shortest, self.depth, self.ranks)
