@@ -26,6 +26,7 @@ from gossamer.activations.delta_stream import DeltaInference
 from gossamer.calibration import Calibration
 from gossamer.errors import CalibrationError, InputError, ModelError
 from gossamer.registry import make, methods
+from gossamer.reproductions.delta_activation import clips
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -494,3 +495,19 @@ def test_frames_of_another_shape_are_refused() -> None:
     stream.step(normal(2, 2, 9, 9))
     with pytest.raises(InputError, match="reset first"):
         stream.step(normal(3, 2, 9, 9))
+
+
+# The experiment's material
+
+
+def test_digits_drift_by_a_pixel_over_still_noise() -> None:
+    images = torch.full((5, 8, 8), 2.0)
+    moving = clips(images, torch.Generator().manual_seed(0))
+    assert moving.shape == (5, 8, 1, 16, 16)
+    digit = moving[:, :, 0] == 2
+    assert (digit.sum((2, 3)) == 64).all()
+    still = ~digit[:, 1:] & ~digit[:, :-1]
+    assert torch.equal(moving[:, 1:, 0][still], moving[:, :-1, 0][still])
+    assert moving[:, :, 0][~digit].max() <= 0.3
+    at = torch.where(digit.flatten(2), torch.arange(256), 256).amin(2)  # of the upper left corner
+    assert (at // 16).diff(dim=1).abs().max() == (at % 16).diff(dim=1).abs().max() == 1

@@ -45,7 +45,7 @@ class RowSum {
  private:
   static constexpr int64_t kBytesPerThread = 1 << 17, kMinShare = 1 << 12, kShares = 2;
   static constexpr int64_t kStep = 64 * kLanes / 16;  // whole cache lines of out, whatever T is
-  static constexpr int64_t kAhead = 1024;             // bytes between what is in use and what is being fetched
+  static constexpr int64_t kAhead = 2048;             // bytes between what is in use and what is being fetched
 
   template <class Begin, class End>
   void run(const Begin& begin, const End& end) {
