@@ -559,6 +559,25 @@ def test_other_methods_serve_drafts_and_checks_stay_exact(slug: str) -> None:
                 assert handle.report()["kv_bytes_read"] < handle.report()["dense_bytes"]
 
 
+@pytest.mark.parametrize("pattern", ["coarse", "fine"])
+def test_drafts_may_read_weights_in_8_bits(pattern: Any) -> None:
+    ids = prompt()
+    method = Sirius(pattern=pattern, keep=0.9, period=5, accept="argmax", int8=True)
+    with method.attach(MODEL) as handle:
+        out = handle.generate(ids, 20)
+        report = handle.report()
+    assert torch.equal(out.sequences, greedy(MODEL, ids, 20))  # whatever the draft is
+    assert out.aal > 1
+    assert (
+        report["mlp_bytes_read"]
+        < report["mlp_bytes_dense"]
+        <= sum(3 * v.neurons * v.channels for v in mlp_views(MODEL))
+    )
+    with pytest.raises(InputError, match="int8"):
+        Sirius(int8=True, mode="mask").attach(MODEL)
+    assert "forward" not in MODEL.model.layers[0].mlp.__dict__
+
+
 def test_recipes_say_what_does_not_go_together() -> None:
     with pytest.raises(RecipeError, match="both take the slot activations"):
         Recipe.of(Sirius(), Griffin())
