@@ -540,23 +540,25 @@ def test_stop_strings_and_the_command_of_a_recipe(byte_tokenizer: Any) -> None:
 # -- other methods, restoring, bad input ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("slug", ["quest", "streaming-llm", "a-shape", "native-linear"])
+@pytest.mark.parametrize("slug", ["quest", "double-sparsity", "streaming-llm", "a-shape", "native-linear"])
 def test_other_methods_serve_drafts_and_checks_stay_exact(slug: str) -> None:
-    setting = {
+    settings: dict[str, dict[str, Any]] = {
         "quest": {"tokens": 16},
+        "double-sparsity": {"tokens": 16},
         "streaming-llm": {"tokens": 16},
         "a-shape": {"n_init": 2, "n_local": 16, "block_size": 16},
-    }.get(slug, {})
-    ids = prompt(80)
+    }
+    ids, other = prompt(80), make(slug, **settings.get(slug, {}))
+    learned = other.calibrate(MODEL, prompt(64, batch=2)) if "calibration" in other.needs else None  # type: ignore[attr-defined]
     for width in (1, 2):
         sirius = Sirius(keep=0.6, period=5, accept="argmax", tree_width=width)
-        with Recipe.of(sirius, make(slug, **setting)).attach(MODEL) as handle:
+        with Recipe.of(sirius, (other, learned)).attach(MODEL) as handle:
             assert handle.generator is not None
             out = handle.generator(ids, 20)
             if slug != "a-shape":  # which reads the prompt sparsely, as it should
                 assert torch.equal(out.sequences, greedy(MODEL, ids, 20))
-            if slug == "quest" and width == 1:
-                assert handle.report()["kv_bytes_read"] < handle.report()["dense_bytes"]
+            if slug in ("quest", "double-sparsity") and width == 1:
+                assert 0 < handle.report()["kv_bytes_read"] < handle.report()["dense_bytes"]
 
 
 @pytest.mark.parametrize("pattern", ["coarse", "fine"])
