@@ -540,23 +540,44 @@ def test_stop_strings_and_the_command_of_a_recipe(byte_tokenizer: Any) -> None:
 # -- other methods, restoring, bad input ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("slug", ["quest", "streaming-llm", "a-shape", "native-linear"])
+@pytest.mark.parametrize("slug", ["quest", "double-sparsity", "streaming-llm", "a-shape", "native-linear"])
 def test_other_methods_serve_drafts_and_checks_stay_exact(slug: str) -> None:
-    setting = {
+    settings: dict[str, dict[str, Any]] = {
         "quest": {"tokens": 16},
+        "double-sparsity": {"tokens": 16},
         "streaming-llm": {"tokens": 16},
         "a-shape": {"n_init": 2, "n_local": 16, "block_size": 16},
-    }.get(slug, {})
-    ids = prompt(80)
+    }
+    ids, other = prompt(80), make(slug, **settings.get(slug, {}))
+    learned = other.calibrate(MODEL, prompt(64, batch=2)) if "calibration" in other.needs else None  # type: ignore[attr-defined]
     for width in (1, 2):
         sirius = Sirius(keep=0.6, period=5, accept="argmax", tree_width=width)
-        with Recipe.of(sirius, make(slug, **setting)).attach(MODEL) as handle:
+        with Recipe.of(sirius, (other, learned)).attach(MODEL) as handle:
             assert handle.generator is not None
             out = handle.generator(ids, 20)
             if slug != "a-shape":  # which reads the prompt sparsely, as it should
                 assert torch.equal(out.sequences, greedy(MODEL, ids, 20))
-            if slug == "quest" and width == 1:
-                assert handle.report()["kv_bytes_read"] < handle.report()["dense_bytes"]
+            if slug in ("quest", "double-sparsity") and width == 1:
+                assert 0 < handle.report()["kv_bytes_read"] < handle.report()["dense_bytes"]
+
+
+@pytest.mark.parametrize("pattern", ["coarse", "fine"])
+def test_drafts_may_read_weights_in_8_bits(pattern: Any) -> None:
+    ids = prompt()
+    method = Sirius(pattern=pattern, keep=0.9, period=5, accept="argmax", int8=True)
+    with method.attach(MODEL) as handle:
+        out = handle.generate(ids, 20)
+        report = handle.report()
+    assert torch.equal(out.sequences, greedy(MODEL, ids, 20))  # whatever the draft is
+    assert out.aal > 1
+    assert (
+        report["mlp_bytes_read"]
+        < report["mlp_bytes_dense"]
+        <= sum(3 * v.neurons * v.channels for v in mlp_views(MODEL))
+    )
+    with pytest.raises(InputError, match="int8"):
+        Sirius(int8=True, mode="mask").attach(MODEL)
+    assert "forward" not in MODEL.model.layers[0].mlp.__dict__
 
 
 def test_recipes_say_what_does_not_go_together() -> None:
