@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gossamer.errors import InputError
-from gossamer.hf import AttentionRuntime, GossamerCache, attention
+from gossamer.hf import AttentionRuntime, GossamerCache
 from gossamer.models import tiny_model
 from gossamer.patterns import Tree, best_tree, expected_tokens
 from gossamer.registry import make
@@ -15,9 +15,8 @@ TOKENS = torch.tensor([[7, 9, 11, 40, 8, 9, 30, 5, 6]])
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma3", "gpt2"])
-@pytest.mark.parametrize(("length", "short"), [(1, 2048), (12, 2048), (21, 2048), (12, 0), (21, 0)])
-def test_a_node_is_its_path_read_alone_and_accepted_rows_are_those_of_the_text(family, length, short, monkeypatch):
-    monkeypatch.setattr(attention, "_SHORT", short)  # 0: as behind a long context, cache and ancestors apart
+@pytest.mark.parametrize("length", [1, 12, 21])
+def test_a_node_is_its_path_read_alone_and_accepted_rows_are_those_of_the_text(family, length):
     model, prompt = tiny_model(family), PROMPT[:, :length]
     runtime = AttentionRuntime(model)
     with torch.no_grad():

@@ -134,6 +134,19 @@ struct LinearArgs {
   int threads;
 };
 
+// Nodes of a tree of candidates: the last rows of the cache.
+struct TreeArgs {
+  const void *query, *key, *value;  // [B,H,n,d], [B,Hkv,n,d] twice: rows of the nodes alone
+  void* out;                        // [B,H,n,d], contiguous: what the nodes saw of the rows before; then of all
+  const float* lse;                 // [B,H,n], of what they saw
+  const uint8_t* mask;              // [n,n], contiguous: whether a node sees another, itself included
+  int64_t q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row;
+  int64_t batch, heads, kv_heads, nodes, dim;
+  float scale;
+  DType dtype;
+  int threads;
+};
+
 enum Activation : int { kSilu = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3 };
 
 // A gated MLP over `neurons` neurons, each with one row of `channels` weights in gate, up and down.
@@ -310,6 +323,7 @@ struct Kernels {
   Status (*label_attention)(const LabelAttentionArgs&);
   Status (*linear)(const LinearArgs&);
   Status (*sparse_mlp)(const SparseMlpArgs&);
+  Status (*tree_attention)(const TreeArgs&);
   Status (*delta_linear)(const DeltaArgs&);
   Status (*channel_sparse_linear)(const ChannelSparseArgs&);
   float (*read_all)(const float*, int64_t, int);
@@ -336,6 +350,7 @@ struct Kernels {
   Status label_attention(const LabelAttentionArgs&);       \
   Status linear(const LinearArgs&);                        \
   Status sparse_mlp(const SparseMlpArgs&);                 \
+  Status tree_attention(const TreeArgs&);                  \
   Status delta_linear(const DeltaArgs&);                   \
   Status channel_sparse_linear(const ChannelSparseArgs&);  \
   float read_all(const float* data, int64_t size, int threads); \

@@ -27,6 +27,7 @@ namespace {
     .label_attention = isa::label_attention,                    \
     .linear = isa::linear,                                      \
     .sparse_mlp = isa::sparse_mlp,                              \
+    .tree_attention = isa::tree_attention,                      \
     .delta_linear = isa::delta_linear,                          \
     .channel_sparse_linear = isa::channel_sparse_linear,        \
     .read_all = isa::read_all,                                  \
@@ -433,6 +434,20 @@ int channel_sparse_linear(nb::tuple tensors, nb::tuple sizes, bool per_channel, 
   return call(active->channel_sparse_linear, a);
 }
 
+int tree_attention(nb::tuple tensors, nb::tuple strides, nb::tuple sizes, float scale, int dtype, int threads) {
+  TreeArgs a{};
+  Reader t(tensors), r(strides), s(sizes);
+  a.query = t.pointer<void>(), a.key = t.pointer<void>(), a.value = t.pointer<void>(), a.out = t.pointer<void>();
+  a.lse = t.pointer<float>(), a.mask = t.pointer<uint8_t>();
+  a.q_batch = r.next(), a.q_head = r.next(), a.q_row = r.next();
+  a.k_batch = r.next(), a.k_head = r.next(), a.k_row = r.next();
+  a.v_batch = r.next(), a.v_head = r.next(), a.v_row = r.next();
+  a.batch = s.next(), a.heads = s.next(), a.kv_heads = s.next(), a.nodes = s.next(), a.dim = s.next();
+  a.scale = scale, a.dtype = DType(dtype);
+  a.threads = team(threads, a.batch * a.heads * a.nodes * a.nodes * a.dim);
+  return call(active->tree_attention, a);
+}
+
 int attention_row(nb::tuple tensors, nb::tuple strides, nb::tuple sizes, float scale, int dtype, int threads) {
   AttentionRowArgs args{};
   AttentionArgs& a = args.attention;
@@ -588,6 +603,7 @@ NB_MODULE(_native, m) {
   m.def("label_attention", &label_attention);
   m.def("linear", &linear);
   m.def("sparse_mlp", &sparse_mlp);
+  m.def("tree_attention", &tree_attention);
   m.def("delta_linear", &delta_linear);
   m.def("channel_sparse_linear", &channel_sparse_linear);
   m.def("best_match", &best_match);

@@ -34,8 +34,6 @@ from gossamer.patterns import Tree
 
 NAME = "gossamer"
 _BLOCK = 64  # side of a block of our prefill kernel
-#: Rows of context up to which a tree of candidates attends in one call of torch's.
-_SHORT = 2048
 logger = logging.getLogger("gossamer")
 # The model holds its runtime (by its hook), this table does not: a model that is dropped while attached is freed.
 _RUNTIMES: weakref.WeakKeyDictionary[nn.Module, weakref.ref[AttentionRuntime]] = weakref.WeakKeyDictionary()
@@ -524,24 +522,13 @@ class AttentionRuntime:
             raise InputError(f"{nodes} new tokens for a tree of {tree.size}")
         past, kv_heads = length - nodes, key.shape[1]
         near = window is not None and past + max(tree.depths) >= window
-        if not past or near or length <= _SHORT:
-            # One call for all heads of a group: at short contexts the calls, not the keys, are what costs.
+        if not past or near:
             mask = self._node_mask(tree, length, window if near else None, query.device)
             mask = mask.expand(1, heads // kv_heads, -1, -1).reshape(1, 1, -1, length)
             grouped = query.reshape(batch, kv_heads, -1, dim)
             out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scale)
             return out.view(batch, heads, nodes, dim)
-        grouped = query.reshape(batch, kv_heads, -1, nodes, dim)
-        own, of_own = ops.decode_attention(
-            grouped.reshape(batch, -1, dim), key[:, :, :past], value[:, :, :past], scale=scale, return_lse=True
-        )
-        scores = torch.einsum("bkgtd,bksd->bkgts", grouped.float(), key[:, :, past:].float()) * scale
-        scores = scores.masked_fill(~tree.mask.to(query.device), -torch.inf)
-        of_tree = scores.logsumexp(-1)
-        among = torch.einsum("bkgts,bksd->bkgtd", (scores - of_tree[..., None]).exp(), value[:, :, past:].float())
-        outs = torch.stack([own.view(grouped.shape).float(), among])
-        merged, _ = ops.merge_attention(outs, torch.stack([of_own.view(grouped.shape[:-1]), of_tree]))
-        return merged.to(query.dtype).view(batch, heads, nodes, dim)
+        return ops.tree_attention(query, key, value, tree.mask.to(query.device), scale=scale)
 
     def _exact(
         self,

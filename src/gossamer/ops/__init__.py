@@ -18,6 +18,7 @@ from gossamer.ops.prepared import Prepared, PreparedAttention, PreparedLabelAtte
 from gossamer.ops.quantized_kv import QuantizedRows, dequantize_rows, quantize_rows, quantized_decode_attention
 from gossamer.ops.select_topk import select_topk
 from gossamer.ops.sparse_mlp import NeuronWeights, sparse_mlp
+from gossamer.ops.tree_attention import tree_attention
 from gossamer.ops.tree_search import tree_search
 from gossamer.ops.vertical_slash_attention import (
     VerticalSlashIndex,
@@ -58,6 +59,7 @@ __all__ = [
     "select_topk",
     "set_isa",
     "sparse_mlp",
+    "tree_attention",
     "tree_search",
     "use_backend",
     "vertical_slash_attention",
