@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.calibration import Calibration
+from gossamer.decoding.cost import ForwardCost
 from gossamer.patterns import Tree
 from gossamer.registry import Method
 
@@ -136,6 +137,9 @@ class Drafter:
     depth = 0
     #: Whether `observe_prompt` wants the logits of prompts, which must then all be computed.
     watches_prompt = False
+    #: Whether it sizes its own trees by what forwards cost; the engine then sets `cost` before the first step.
+    wants_cost = False
+    cost: ForwardCost | None = None
 
     def begin(self, context: Context) -> None:
         """A new text: its prompt."""

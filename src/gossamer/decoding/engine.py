@@ -142,6 +142,8 @@ class Engine:
 
     def _trees(self) -> Iterator[Tree]:
         """The tree of each step."""
+        if self.drafter.wants_cost:
+            self.drafter.cost = self.cost = self.cost if self.cost is not None else cost_of(self.model)
         if self.tree is not None or not self.drafter.ranks:
             tree = self.tree if self.tree is not None else Tree.chain(0)
             while True:

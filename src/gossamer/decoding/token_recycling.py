@@ -11,7 +11,8 @@ Decisions where the card leaves room:
 
 * Of several nodes with one token the last in breadth-first order writes the row.
 * Rows that were never written hold id 0 in the paper's template (`template="2.2.2"`), as released. With `template="auto"` they
-  propose nothing, and the tree is the one that pays best by what is accepted and what forwards cost here.
+  propose nothing, and the tree is made anew in each step: a row also keeps the probabilities that its successors had, and nodes
+  are taken where those promise more tokens than the larger forward costs here (`confidence`).
 * Prompts do not write the table (as released); `update_from_prefill` lets them, at the price of all their logits.
 * Sampling draws each visited node's token from the model's own law (the engine's rule `Match`), which is exact; the released
   code always takes the best token.
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from gossamer import ops
 from gossamer.calibration import Calibration
 from gossamer.decoding.base import Context, Draft, Drafter, DraftingMethod, Target, Verdict
+from gossamer.decoding.confidence import Confidence, grow
 from gossamer.errors import CalibrationError, InputError, ModelError
 from gossamer.models import fingerprint
 from gossamer.patterns import Tree
@@ -76,16 +78,22 @@ class TokenRecycler(Drafter):
 
     Attributes:
         successors: int32 ``[V, k]``.
+        chances: float32 ``[V, k]``: their probabilities when they were written.
         seen: bool ``[V]``: rows that were written.
     """
+
+    #: With trees of its own: every so many steps without a draft one is made all the same, to learn from.
+    EXPLORE = 16
 
     def __init__(
         self, vocabulary: int, k: int, depth: int, template: Tree | None, watches_prompt: bool = False
     ) -> None:
         self.successors = torch.zeros(vocabulary, k, dtype=torch.int32)
+        self.chances = torch.zeros(vocabulary, k)
         self.seen = torch.zeros(vocabulary, dtype=torch.bool)
         self.template, self.watches_prompt = template, watches_prompt
-        self.ranks, self.depth = (k, depth) if template is None else (0, 0)
+        self.wants_cost, self.deepest = template is None, depth
+        self.confidence, self.idle = Confidence(), 0
 
     def fill(self, context: Context, tree: Tree) -> list[int]:
         """One gather a depth."""
@@ -94,22 +102,41 @@ class TokenRecycler(Drafter):
         parents, ranks, depths = torch.tensor(tree.parents), torch.tensor(tree.ranks), tree.positions
         for depth in range(1, int(depths.max()) + 1):
             nodes = (depths == depth).nonzero()[:, 0]
-            above = tokens[parents[nodes]]
-            rows = above.clamp_min(0)
-            found = self.successors[rows, ranks[nodes]].long()
-            if self.template is None:
-                found = torch.where((above >= 0) & self.seen[rows], found, -1)
-            tokens[nodes] = found
+            tokens[nodes] = self.successors[tokens[parents[nodes]], ranks[nodes]].long()
         return [int(token) for token in tokens]
 
     def propose(self, context: Context, tree: Tree) -> Draft:
-        """The template, or the tree that pays best."""
-        shape = tree if self.template is None else self.template
-        return Draft(shape, self.fill(context, shape))
+        """The template, filled; or the tree that pays best in this step."""
+        if self.template is not None:
+            return Draft(self.template, self.fill(context, self.template))
+        assert self.cost is not None
+        self.idle += 1
+        least = 1 if self.idle >= self.EXPLORE else 0
+        shape, tokens, _ = grow(
+            self.candidates, int(context.ids[-1]), self.cost, depth=min(self.deepest, context.room), least=least
+        )
+        if shape.size > 1:
+            self.idle = 0
+        return Draft(shape, tokens)
+
+    def candidates(self, token: int) -> list[tuple[int, float]]:
+        """Successors of a token with the chance that each is right, the likeliest first."""
+        if not bool(self.seen[token]):
+            return []
+        pairs = zip(self.successors[token].tolist(), self.chances[token].tolist(), strict=True)
+        return [(successor, self.confidence.chance(guess)) for successor, guess in pairs]
 
     def observe(self, target: Target, verdict: Verdict) -> None:
-        """Every node's ranking, accepted or not."""
-        self.write(target.draft.tokens, target.logits)
+        """Every node's ranking, accepted or not; and how good the guesses on the accepted path were."""
+        draft = target.draft
+        if self.template is None:
+            accepted = set(verdict.path)
+            for node in verdict.path:
+                parent = draft.tokens[node]
+                for child in draft.tree.children[node]:
+                    guess = float(self.chances[parent, draft.tree.ranks[child]])
+                    self.confidence.learn(guess, child in accepted)
+        self.write(draft.tokens, target.logits)
 
     def observe_prompt(self, ids: Tensor, logits: Tensor) -> None:
         """The prompt's rankings."""
@@ -126,7 +153,9 @@ class TokenRecycler(Drafter):
         last = {token: node for node, token in enumerate(tokens)}
         nodes, rows = torch.tensor(list(last.values())), torch.tensor(list(last))
         chosen = logits if len(last) == len(logits) else logits[nodes.to(logits.device)]
-        self.successors[rows] = top_successors(chosen, self.successors.shape[1]).to("cpu", torch.int32)
+        best = top_successors(chosen, self.successors.shape[1])
+        chances = (chosen.gather(1, best) - chosen.logsumexp(-1, keepdim=True)).exp()
+        self.successors[rows], self.chances[rows] = best.to("cpu", torch.int32), chances.to("cpu", torch.float32)
         self.seen[rows] = True
 
 
@@ -148,7 +177,7 @@ class TokenRecycling(DraftingMethod):
     template: Literal["auto", "2.2.2"] = Field(
         "auto", description="auto: the tree that pays best here; 2.2.2: the paper's 80 nodes (needs k = 8 or more)"
     )
-    depth: int = Field(6, ge=1, le=16, description="deepest candidate, with template=auto")
+    depth: int = Field(8, ge=1, le=16, description="deepest candidate, with template=auto")
     update_from_prefill: bool = Field(False, description="let prompts write the table too")
 
     def calibrate(self, model: nn.Module, tokens: Tensor) -> Calibration:
@@ -183,15 +212,17 @@ class TokenRecycling(DraftingMethod):
         if calibration is not None:
             calibration = self.require(calibration)
             calibration.check(fingerprint(model))
-            table, seen = (calibration.tensors.get(name) for name in ("successors", "seen"))
+            table, chances, seen = (calibration.tensors.get(name) for name in ("successors", "chances", "seen"))
             size = len(made.successors)
-            if table is None or seen is None or table.shape != made.successors.shape or int(table.max()) >= size:
+            fits = table is not None and table.shape == made.successors.shape and int(table.max()) < size
+            if not fits or table is None or chances is None or chances.shape != table.shape or seen is None:
                 raise CalibrationError(f"{self.slug}: the table is not [{size}, {self.k}]: calibrate again")
-            made.successors, made.seen = table.to(torch.int32).clone(), seen.bool().clone()
+            made.successors, made.chances = table.to(torch.int32).clone(), chances.float().clone()
+            made.seen = seen.bool().clone()
         return made
 
 
 def state_of(drafter: TokenRecycler, model: Any) -> Calibration:
     """A warm table as a calibration, to be saved and given to another run."""
-    tensors = {"successors": drafter.successors.clone(), "seen": drafter.seen.clone()}
+    tensors = {name: getattr(drafter, name).clone() for name in ("successors", "chances", "seen")}
     return Calibration("token-recycling", fingerprint(model), tensors, {"rows": int(drafter.seen.sum())})
