@@ -17,6 +17,7 @@ import torch
 import transformers
 
 import gossamer
+from gossamer import ops
 from gossamer.recipe import Recipe
 
 SHAPES = {"llama-2-7b": (4096, 11008, 32, 32), "mistral-7b": (4096, 14336, 32, 8)}
@@ -39,6 +40,7 @@ def model_of(shape: str, layers: int, dtype: torch.dtype) -> transformers.PreTra
     model = model.to(dtype).to_empty(device="cpu").eval()
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
+        ops.advise_huge_pages(parameter.data)  # for dense and sparse alike
         if "norm" in name:
             parameter.data.fill_(1)
         else:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gossamer.errors import ModelError
 from gossamer.hf.mlp_views import by_input
 from gossamer.hf.policy import TEACHER_FORCED
-from gossamer.ops import channel_sparse_linear, runs_natively
+from gossamer.ops import advise_huge_pages, channel_sparse_linear, runs_natively
 from gossamer.ops.linear import MAX_ROWS
 from gossamer.patterns import NeuronRule
 
@@ -139,7 +139,9 @@ def lay_by_input(matrix: nn.Module) -> Callable[[], None]:
     weight = cast(nn.Parameter, matrix.weight)
     if by_input(matrix).stride(-1) == 1 or weight.ndim != 2:
         return lambda: None
-    weight.data = weight.data.t().contiguous().t()
+    turned = torch.empty(weight.shape[::-1], dtype=weight.dtype, device=weight.device)
+    advise_huge_pages(turned)  # rows of it are read here and there
+    weight.data = turned.copy_(weight.data.t()).t()
 
     def undo() -> None:
         weight.data = weight.data.contiguous()
