@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, pairwise
 
 import torch
 from torch import Tensor
@@ -335,7 +335,7 @@ def _augment(
     demand: dict[int, float],
     flow: dict[frozenset[int], dict[int, float]],
 ) -> None:
-    back = [(following, token) for (_, token), (following, _) in zip(path, path[1:], strict=False)]
+    back = [(following, token) for (_, token), (following, _) in pairwise(path)]
     first, last = path[0][0], path[-1][1]
     amount = min(chain((supply[first], demand[last]), (flow[tokens][token] for tokens, token in back)))
     supply[first] -= amount
