@@ -17,6 +17,19 @@ from gossamer.decoding.base import (
 from gossamer.decoding.cost import ForwardCost, Sizer, cost_of
 from gossamer.decoding.engine import DecodingStats, Engine
 from gossamer.decoding.lookup import PromptLookup
+from gossamer.decoding.rules import (
+    KSeq,
+    KSeqMethod,
+    LPOptimum,
+    LPOptimumMethod,
+    RecursiveRejection,
+    RecursiveRejectionMethod,
+    SpeculativeSampling,
+    SpeculativeSamplingMethod,
+    Typical,
+    TypicalAcceptance,
+)
+from gossamer.decoding.spectr import SpecTr, SpecTrDrafter, spectr_generate
 from gossamer.decoding.token_recycling import TokenRecycling
 
 __all__ = [
@@ -28,12 +41,25 @@ __all__ = [
     "DraftingMethod",
     "Engine",
     "ForwardCost",
+    "KSeq",
+    "KSeqMethod",
+    "LPOptimum",
+    "LPOptimumMethod",
     "Match",
     "PromptLookup",
+    "RecursiveRejection",
+    "RecursiveRejectionMethod",
     "Rule",
     "Sizer",
+    "SpecTr",
+    "SpecTrDrafter",
+    "SpeculativeSampling",
+    "SpeculativeSamplingMethod",
     "Target",
     "TokenRecycling",
+    "Typical",
+    "TypicalAcceptance",
     "Verdict",
     "cost_of",
+    "spectr_generate",
 ]

@@ -25,11 +25,13 @@ class Draft:
             are never accepted.
         laws: for a node, the law float32 ``[V]`` that the tokens of its children were drawn from, independently; rules that
             correct for it ask for it. Empty where candidates were not drawn.
+        distinct: whether siblings were drawn without replacement, in their order, instead of independently.
     """
 
     tree: Tree
     tokens: Sequence[int]
     laws: dict[int, Tensor] = field(default_factory=dict)
+    distinct: bool = False
 
 
 @dataclass(frozen=True, eq=False)

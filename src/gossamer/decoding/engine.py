@@ -215,7 +215,7 @@ class Engine:
         draft = self.drafter.propose(context, tree)
         if len(draft.tokens) != draft.tree.size:
             raise InputError(f"a draft of {draft.tree.size} nodes has {len(draft.tokens)} tokens")
-        if self.rule.needs_laws and draft.tree.size > 1 and not draft.laws:
+        if self.rule.needs_laws and context.do_sample and draft.tree.size > 1 and not draft.laws:
             raise InputError(f"{type(self.rule).__name__} needs candidates that were drawn, with their laws")
         return _pruned(draft)
 
@@ -249,7 +249,7 @@ def _pruned(draft: Draft) -> Draft:
     parents = tuple(-1 if draft.tree.parents[n] < 0 else kept[draft.tree.parents[n]] for n in kept)
     tree = Tree(parents, tuple(draft.tree.ranks[n] for n in kept))
     laws = {kept[n]: law for n, law in draft.laws.items() if n in kept}
-    return Draft(tree, [draft.tokens[n] for n in kept], laws)
+    return Draft(tree, [draft.tokens[n] for n in kept], laws, draft.distinct)
 
 
 def accept(cache: Any, start: int, nodes: tuple[int, ...]) -> None:

@@ -287,6 +287,7 @@ class AttentionRuntime:
         self.position_ids: Tensor | None = None
         self._cache: Any = None
         self._nodes_mask: tuple[tuple[int, int, int | None], Tensor] | None = None
+        self._read = 0
         self._mask: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
         self._layers = None if self.storage is None else self.storage.layers(self.shape)  # may refuse the model
         known = inspect.signature(base_model(self.model).forward).parameters
@@ -337,20 +338,23 @@ class AttentionRuntime:
             TEACHER_FORCED.reset(token)
 
     @contextmanager
-    def tree_forward(self, tree: Tree) -> Iterator[None]:
+    def tree_forward(self, tree: Tree, read: int = 0) -> Iterator[None]:
         """Inside, blocks of new tokens are the nodes of a tree.
+
+        Args:
+            read: so many of its first nodes are the cache's last rows already; the new tokens are the others.
 
         Raises:
             InputError: a policy is attached, for which a node is no step of its own.
         """
         if self.decode is not None or self.cache is not None or self.storage is not None:
             raise InputError("trees of candidates need exact attention: leave sparse attention and cache methods out")
-        previous, self.tree = self.tree, tree
+        previous, self.tree, self._read = (self.tree, self._read), tree, read
         token = TEACHER_FORCED.set(True)  # each node is a decode step
         try:
             yield
         finally:
-            self.tree, self._nodes_mask = previous, None
+            (self.tree, self._read), self._nodes_mask = previous, None
             TEACHER_FORCED.reset(token)
 
     @contextmanager
@@ -451,13 +455,15 @@ class AttentionRuntime:
         differentiable = query.requires_grad and torch.is_grad_enabled()
         if new > 1 or holes is not None or softcap is not None or differentiable:
             key, value = self._whole(module, key, value)
-        if self.tree is not None and new > 1 and (softcap is not None or holes is not None or starts is not None):
+        branching = self.tree is not None and (new > 1 or self._read > 0)
+        if branching and (softcap is not None or holes is not None or starts is not None):
             if holes is not None or starts is not None:
                 raise InputError("trees of candidates are for one sequence without padding")
+            assert self.tree is not None
             holes = self._node_mask(self.tree, length, window, query.device)
         if holes is not None or softcap is not None or differentiable:
             return self._exact(query, key, value, scale, starts, window, softcap, holes, dropout)
-        if self.tree is not None and new > 1:
+        if branching:
             return self._nodes(query, key, value, scale, window)
         layer = self._layer(module, scale, window, starts)
         if layer is None:
@@ -507,9 +513,10 @@ class AttentionRuntime:
             return self._nodes_mask[1]
         past = length - tree.size
         positions = torch.cat([torch.arange(past), past + tree.positions])
-        mask = torch.cat([torch.ones(tree.size, past, dtype=torch.bool), tree.mask], dim=1)
+        new = tree.mask[self._read :]
+        mask = torch.cat([torch.ones(len(new), past, dtype=torch.bool), new], dim=1)
         if window:
-            mask &= positions > positions[past:, None] - window
+            mask &= positions > positions[past + self._read :, None] - window
         self._nodes_mask = (key, mask[None, None].to(device))
         return self._nodes_mask[1]
 
@@ -518,11 +525,11 @@ class AttentionRuntime:
         tree, length = self.tree, key.shape[2]
         assert tree is not None
         batch, heads, nodes, dim = query.shape
-        if nodes != tree.size:
-            raise InputError(f"{nodes} new tokens for a tree of {tree.size}")
-        past, kv_heads = length - nodes, key.shape[1]
+        if nodes != tree.size - self._read:
+            raise InputError(f"{nodes} new tokens for a tree of {tree.size - self._read}")
+        past, kv_heads = length - tree.size, key.shape[1]
         near = window is not None and past + max(tree.depths) >= window
-        if not past or near:
+        if not past or near or self._read:
             mask = self._node_mask(tree, length, window if near else None, query.device)
             mask = mask.expand(1, heads // kv_heads, -1, -1).reshape(1, 1, -1, length)
             grouped = query.reshape(batch, kv_heads, -1, dim)
