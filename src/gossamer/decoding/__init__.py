@@ -17,9 +17,11 @@ from gossamer.decoding.base import (
 from gossamer.decoding.cost import ForwardCost, Sizer, cost_of
 from gossamer.decoding.engine import DecodingStats, Engine
 from gossamer.decoding.lookup import PromptLookup
+from gossamer.decoding.ppd import PPD
 from gossamer.decoding.token_recycling import TokenRecycling
 
 __all__ = [
+    "PPD",
     "AcceptanceMethod",
     "Context",
     "DecodingStats",
