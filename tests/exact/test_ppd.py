@@ -311,10 +311,14 @@ def test_9_the_loss():
     torch.testing.assert_close(whole, exact, atol=1e-5, rtol=1e-5)
     assert bool((Targets.of_logits(teacher, 8).divergence(student) <= exact + 1e-5).all())
     weighted = (exact[:, 0] + 0.8 * exact[:, 1] + 0.64 * exact[:, 2]) / 3
-    assert float(distillation_loss(student, Targets.of_logits(teacher, 50))) == pytest.approx(float(weighted.mean()), 1e-5)
+    assert float(distillation_loss(student, Targets.of_logits(teacher, 50))) == pytest.approx(
+        float(weighted.mean()), 1e-5
+    )
     labels = torch.randint(0, 50, (2, 3))
     hard = Targets.of_tokens(labels).divergence(student)
-    torch.testing.assert_close(hard, F.cross_entropy(student.flatten(0, 1), labels.flatten(), reduction="none").view(2, 3))
+    torch.testing.assert_close(
+        hard, F.cross_entropy(student.flatten(0, 1), labels.flatten(), reduction="none").view(2, 3)
+    )
 
 
 def test_accuracies_are_counted_by_rank():
@@ -359,9 +363,10 @@ def test_typical_acceptance():
             with torch.no_grad():
                 laws = model(out).logits[0].softmax(-1)
             for place in range(2, 10):
-                assert truncation(laws[place - 1], 0.15 + 1e-4, 0.9)[out[0, place]] or laws[
-                    place - 1, out[0, place]
-                ] > 0.14
+                assert (
+                    truncation(laws[place - 1], 0.15 + 1e-4, 0.9)[out[0, place]]
+                    or laws[place - 1, out[0, place]] > 0.14
+                )
         assert engine.drafter.tree is not None
         plain = model.generate(prompt, **GREEDY)
         assert torch.equal(model.generate(prompt, **GREEDY, custom_generate=engine), plain)

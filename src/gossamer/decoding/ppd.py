@@ -185,7 +185,10 @@ class PPD(DraftingMethod):
     seed: int = Field(0, ge=0, description="of cuts, first embeddings and order")
 
     def calibrate(
-        self, model: nn.Module, tokens: Tensor, progress: Callable[[str, int, int], None] = lambda what, done, total: None
+        self,
+        model: nn.Module,
+        tokens: Tensor,
+        progress: Callable[[str, int, int], None] = lambda what, done, total: None,
     ) -> Calibration:
         """Train on token blocks int64 ``[count, block]``, cut into pieces of `length`, and count accuracies on the last fifth.
 
@@ -225,9 +228,13 @@ class PPD(DraftingMethod):
         vocabulary = model.get_output_embeddings().weight.shape[0]
         acc = study.accuracies(model, prompts, min(RANKS, vocabulary), self.mask)
         tensors = {"prompts": prompts.detach().float().cpu(), "accuracies": acc.float().cpu()}
-        return Calibration(self.slug, fingerprint(model), tensors, {"m": self.m, "ept": self.ept, "mask": self.mask, **facts})
+        return Calibration(
+            self.slug, fingerprint(model), tensors, {"m": self.m, "ept": self.ept, "mask": self.mask, **facts}
+        )
 
-    def drafter(self, model: nn.Module, calibration: Calibration | None, cost: ForwardCost | None = None) -> PromptDrafter:
+    def drafter(
+        self, model: nn.Module, calibration: Calibration | None, cost: ForwardCost | None = None
+    ) -> PromptDrafter:
         """The trained prompt tokens with the tree that pays best here.
 
         Args:
@@ -246,14 +253,18 @@ class PPD(DraftingMethod):
         prompts, acc = (calibration.tensors.get(name) for name in ("prompts", "accuracies"))
         wanted = (self.m, text_config(model).hidden_size)
         if prompts is None or acc is None or prompts.shape != wanted or acc.dim() != 2 or not 0 < acc.shape[1] <= RANKS:
-            raise CalibrationError(f"{self.slug}: the prompt tokens are not {list(wanted)} with accuracies: calibrate again")
+            raise CalibrationError(
+                f"{self.slug}: the prompt tokens are not {list(wanted)} with accuracies: calibrate again"
+            )
         table = acc.double().tolist()
         try:
             check_accuracies(table)
         except InputError as error:
             raise CalibrationError(f"{self.slug}: {error}: calibrate again") from None
         if len(table) != self.m:
-            raise CalibrationError(f"{self.slug}: accuracies of {len(table)} prompt tokens, m is {self.m}: calibrate again")
+            raise CalibrationError(
+                f"{self.slug}: accuracies of {len(table)} prompt tokens, m is {self.m}: calibrate again"
+            )
         size = self.size
         if size is None:
             trees = {total: build_dynamic_tree(table, total) for total in TOTALS}

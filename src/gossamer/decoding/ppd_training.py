@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -167,7 +166,9 @@ def roll_out(model: nn.Module, logits: Tensor, rows: Rows, cuts: Tensor, m: int,
     return Targets(*parts)
 
 
-def prompt_logits(model: nn.Module, rows: Rows, cuts: Tensor, prompts: Tensor, m: int, kind: Mask = "ensemble") -> Tensor:
+def prompt_logits(
+    model: nn.Module, rows: Rows, cuts: Tensor, prompts: Tensor, m: int, kind: Mask = "ensemble"
+) -> Tensor:
     """Logits ``[batch, C, m, V]`` of the prompt tokens behind each cut int64 ``[batch, C]`` of the texts of these rows.
 
     Args:
@@ -269,7 +270,10 @@ class Study:
         targets = Targets(*(torch.cat([getattr(p, name) for p in parts]) for name in ("ids", "logs", "rest")))
         every = None
         if held is not None:
-            every = [(torch.cat([k for k, _ in layer]), torch.cat([v for _, v in layer])) for layer in zip(*held, strict=True)]
+            every = [
+                (torch.cat([k for k, _ in layer]), torch.cat([v for _, v in layer]))
+                for layer in zip(*held, strict=True)
+            ]
         return cls(tokens, cuts, targets, every)
 
     def rows_of(self, model: nn.Module, texts: Tensor) -> Rows:
