@@ -17,6 +17,7 @@ from gossamer.decoding.base import (
 from gossamer.decoding.cost import ForwardCost, Sizer, cost_of
 from gossamer.decoding.engine import DecodingStats, Engine
 from gossamer.decoding.lookup import PromptLookup
+from gossamer.decoding.ppd import PPD
 from gossamer.decoding.rules import (
     KSeq,
     KSeqMethod,
@@ -33,6 +34,7 @@ from gossamer.decoding.spectr import SpecTr, SpecTrDrafter, spectr_generate
 from gossamer.decoding.token_recycling import TokenRecycling
 
 __all__ = [
+    "PPD",
     "AcceptanceMethod",
     "Context",
     "DecodingStats",

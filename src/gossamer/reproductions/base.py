@@ -69,6 +69,7 @@ _MODULES = (
     "hip_attention",
     "lazy_neuron",
     "minference",
+    "ppd",
     "prosparse",
     "moe_x",
     "mohd",
