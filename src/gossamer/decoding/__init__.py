@@ -16,6 +16,7 @@ from gossamer.decoding.base import (
 )
 from gossamer.decoding.cost import ForwardCost, Sizer, cost_of
 from gossamer.decoding.engine import DecodingStats, Engine
+from gossamer.decoding.lantern import RelaxedAcceptance
 from gossamer.decoding.lookup import PromptLookup
 from gossamer.decoding.token_recycling import TokenRecycling
 
@@ -30,6 +31,7 @@ __all__ = [
     "ForwardCost",
     "Match",
     "PromptLookup",
+    "RelaxedAcceptance",
     "Rule",
     "Sizer",
     "Target",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -137,6 +138,10 @@ class Drafter:
     #: Whether `observe_prompt` wants the logits of prompts, which must then all be computed.
     watches_prompt = False
 
+    def watching(self) -> AbstractContextManager[None]:
+        """Entered around each generation, its prompt included, for drafters that look into the model (default: nothing)."""
+        return nullcontext()
+
     def begin(self, context: Context) -> None:
         """A new text: its prompt."""
 
@@ -181,3 +186,7 @@ class AcceptanceMethod(Method):
     def rule(self) -> Rule:
         """The rule."""
         raise NotImplementedError
+
+    def rule_for(self, model: nn.Module, calibration: Calibration | None) -> Rule:
+        """The rule for this model, of what was learned for it; rules that learn nothing give `rule`."""
+        return self.rule()
