@@ -15,7 +15,9 @@ from gossamer.decoding.base import (
     Verdict,
 )
 from gossamer.decoding.cost import ForwardCost, Sizer, cost_of
+from gossamer.decoding.eagle import Eagle
 from gossamer.decoding.engine import DecodingStats, Engine
+from gossamer.decoding.guidance import Guidance
 from gossamer.decoding.lantern import RelaxedAcceptance
 from gossamer.decoding.lookup import PromptLookup
 from gossamer.decoding.token_recycling import TokenRecycling
@@ -27,8 +29,10 @@ __all__ = [
     "Draft",
     "Drafter",
     "DraftingMethod",
+    "Eagle",
     "Engine",
     "ForwardCost",
+    "Guidance",
     "Match",
     "PromptLookup",
     "RelaxedAcceptance",
