@@ -164,10 +164,10 @@ def _engine(calibrated: Calibrated) -> tuple[Calibrated, Callable[[nn.Module], E
         RecipeError: an acceptance rule without a drafter, or methods for which a node of a tree is no decode step.
     """
     drafting = [(m, learned) for m, learned in calibrated if isinstance(m, DraftingMethod)]
-    rules = [m for m, _ in calibrated if isinstance(m, AcceptanceMethod)]
+    rules = [(m, found) for m, found in calibrated if isinstance(m, AcceptanceMethod)]
     if not drafting:
         if rules:
-            raise RecipeError(f"{rules[0].slug} accepts drafts: the recipe needs a method that makes them")
+            raise RecipeError(f"{rules[0][0].slug} accepts drafts: the recipe needs a method that makes them")
         return calibrated, None
     ((method, learned),) = drafting
     others = [(m, c) for m, c in calibrated if not isinstance(m, DraftingMethod | AcceptanceMethod)]
@@ -177,5 +177,9 @@ def _engine(calibrated: Calibrated) -> tuple[Calibrated, Callable[[nn.Module], E
                 f"{method.slug} verifies several tokens at once and needs exact attention; {other.slug} does not keep it: "
                 "leave one of them out"
             )
-    rule = rules[0].rule() if rules else method.rule()
-    return others, lambda model: Engine(model, method.drafter(model, learned), rule)
+
+    def engine(model: nn.Module) -> Engine:
+        rule = rules[0][0].rule_for(model, rules[0][1]) if rules else method.rule()
+        return Engine(model, method.drafter(model, learned), rule)
+
+    return others, engine

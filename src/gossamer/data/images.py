@@ -100,3 +100,43 @@ def corrupt_labels(labels: Tensor, share: float, classes: int, seed: int = 0) ->
     replaced = torch.rand(labels.shape, generator=generator, device=labels.device) < share
     drawn = torch.randint(classes, labels.shape, generator=generator, device=labels.device)
     return torch.where(replaced, drawn, labels)
+
+
+#: Kinds of `procedural`, by label.
+KINDS = ("gradient", "blobs", "texture")
+
+
+def procedural(count: int, seed: int = 0, size: int = 16) -> tuple[Tensor, Tensor]:
+    """Made-up grey images float32 ``[count, 1, size, size]`` in [0, 1] and their kinds int64 ``[count]`` (see `KINDS`).
+
+    Gradients run in any direction; blobs are one to three soft spots on a flat ground; textures are two crossed gratings.
+
+    Raises InputError for a count or size below 1.
+
+    >>> images, kinds = procedural(6, seed=0)
+    >>> tuple(images.shape), int(kinds.max()) <= 2
+    ((6, 1, 16, 16), True)
+    """
+    if count < 1 or size < 1:
+        raise InputError(f"procedural: count and size are at least 1, got {count} and {size}")
+    generator = torch.Generator().manual_seed(seed)
+    kinds = torch.randint(len(KINDS), (count,), generator=generator)
+    draw = torch.rand(
+        count, 16, 1, 1, generator=generator
+    )  # every image has the same number of dice, whatever its kind
+    axis = torch.linspace(-1, 1, size)
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    angle = 2 * torch.pi * draw[:, 0]
+    along, across = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
+    gradient = 0.5 + (0.2 + 0.3 * draw[:, 1]) * along + 0.4 * (draw[:, 2] - 0.5)
+    blobs = 0.1 + 0.2 * draw[:, 3].expand_as(gradient)
+    for spot in range(3):
+        place = draw[:, 4 + 4 * spot : 8 + 4 * spot]
+        width = 0.15 + 0.25 * place[:, 2]
+        there = 1.0 if spot == 0 else (place[:, 3] > 0.4).float()
+        distance = (x - 1.6 * place[:, 0] + 0.8) ** 2 + (y - 1.6 * place[:, 1] + 0.8) ** 2
+        blobs = blobs + there * 0.7 * (-distance / (2 * width**2)).exp()
+    pitch = 4 + 6 * draw[:, 1]
+    texture = 0.5 + 0.25 * (pitch * along + 6 * draw[:, 2]).sin() + 0.25 * (pitch * across + 6 * draw[:, 3]).sin()
+    images = torch.stack([gradient, blobs, texture], 1)[torch.arange(count), kinds]
+    return images.clamp(0, 1)[:, None], kinds

@@ -15,7 +15,10 @@ from gossamer.decoding.base import (
     Verdict,
 )
 from gossamer.decoding.cost import ForwardCost, Sizer, cost_of
+from gossamer.decoding.eagle import Eagle
 from gossamer.decoding.engine import DecodingStats, Engine
+from gossamer.decoding.guidance import Guidance
+from gossamer.decoding.lantern import RelaxedAcceptance
 from gossamer.decoding.lookup import PromptLookup
 from gossamer.decoding.ppd import PPD
 from gossamer.decoding.rules import (
@@ -41,8 +44,10 @@ __all__ = [
     "Draft",
     "Drafter",
     "DraftingMethod",
+    "Eagle",
     "Engine",
     "ForwardCost",
+    "Guidance",
     "KSeq",
     "KSeqMethod",
     "LPOptimum",
@@ -51,6 +56,7 @@ __all__ = [
     "PromptLookup",
     "RecursiveRejection",
     "RecursiveRejectionMethod",
+    "RelaxedAcceptance",
     "Rule",
     "Sizer",
     "SpecTr",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,6 +144,10 @@ class Drafter:
     wants_cost = False
     cost: ForwardCost | None = None
 
+    def watching(self) -> AbstractContextManager[None]:
+        """Entered around each generation, its prompt included, for drafters that look into the model (default: nothing)."""
+        return nullcontext()
+
     def begin(self, context: Context) -> None:
         """A new text: its prompt."""
 
@@ -187,3 +192,7 @@ class AcceptanceMethod(Method):
     def rule(self) -> Rule:
         """The rule."""
         raise NotImplementedError
+
+    def rule_for(self, model: nn.Module, calibration: Calibration | None) -> Rule:
+        """The rule for this model, of what was learned for it; rules that learn nothing give `rule`."""
+        return self.rule()

@@ -109,7 +109,7 @@ class Engine:
         cache = model_kwargs.get("past_key_values")
         cache = cache if cache is not None else DynamicCache(config=model.config)
         do_sample = bool(getattr(generation_config, "do_sample", False))
-        with _attached(model) as runtime, torch.no_grad():
+        with _attached(model) as runtime, self.drafter.watching(), torch.no_grad():
             ids = self._decode(
                 runtime, input_ids[0], cache, logits_processor or [], stopping_criteria or [], do_sample, streamer
             )
