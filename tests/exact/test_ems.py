@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from gossamer.attention import attach
 from gossamer.attention.quest import Quest
 from gossamer.cache.ems import EMS, RunningSums, last_rows
+from gossamer.cache.merged_mass import widen
 from gossamer.cache.merging import (
     Rows,
     add_members,
@@ -23,7 +24,7 @@ from gossamer.cache.merging import (
     tokens_for_mass,
     zero_class,
 )
-from gossamer.errors import InputError, ModelError
+from gossamer.errors import InputError, ModelError, RecipeError
 from gossamer.hf import GossamerCache, attention_views
 from gossamer.models import tiny_model
 from gossamer.ops.attention_statistics import attention_columns
@@ -240,6 +241,9 @@ def test_bad_input_is_one_line():
         lambda: evict_then_merge(key, value, score[..., :36], budget=4, window=4),
         lambda: evict_then_merge(key, value, score[..., :36], budget=40, window=4),
         lambda: evict_then_merge(key, value[:, :1], score[..., :36], budget=12, window=4),
+        lambda: widen(key, key, torch.ones(2, 2, 39), 0.5),
+        lambda: widen(key, key, torch.zeros(2, 2, 40), 0.5),
+        lambda: widen(key, key, torch.full((2, 2, 40), math.nan), 0.5),
     ]
     for call in bad:
         with pytest.raises(InputError) as caught:
@@ -262,6 +266,7 @@ def test_bad_input_is_one_line():
         {"combine": "min"},
         {"similarity": "cosine"},
         {"every": -1},
+        {"bias": "members"},
         {"blocks": 3},
     ],
     ids=str,
@@ -697,6 +702,106 @@ def test_a_decode_method_selects_among_the_merged_rows():
         with attach(_model(), stack) as handle:
             outs.append(stream.feed(handle, 40, *[1] * 24))
     torch.testing.assert_close(outs[0], outs[1], atol=1e-5, rtol=1e-5)
+
+
+# -- the mass of merged rows ----------------------------------------------------------------------------------------------
+
+
+def of_copies(kinds=2):
+    """A stream with few distinct rows: every older token is the copy of another one."""
+    stream = Stream()
+    pick = torch.randint(0, kinds, stream.key.shape[:4], generator=torch.Generator().manual_seed(7))
+    pick[:, :, :, :kinds] = torch.arange(kinds)
+    for x, seed in ((stream.key, 1), (stream.value, 2)):
+        near = random(*x.shape[:3], kinds, x.shape[-1], seed=seed)
+        x.copy_(near.gather(3, pick[..., None].expand_as(x)))
+    return stream
+
+
+ALL_COPIES = {"budget": 16, "window": 6, "gamma": 10.0, "tau": 0.999}
+
+
+@pytest.mark.parametrize(
+    "sizes", [*SIZES, [30, 20, 14]], ids=["steps", "one block", "prompt, steps", "turns", "chunks"]
+)
+def test_with_the_bias_copies_keep_their_mass(sizes):
+    """Merging identical tokens changes no output: dense attention over all 64 rows, that of 16 to 22 kept ones."""
+    outs = {}
+    for bias in ("none", "log(members)"):
+        stream = of_copies()
+        with EMS(**ALL_COPIES, bias=bias).attach(_model()) as handle:
+            outs[bias] = stream.feed(handle, *sizes)
+            share = handle.report()["merged_share"]
+            states = [kv.views[handle.runtime].cache_state for kv in stream.cache.layers]
+        assert all(kv.length <= 22 for kv in stream.cache.layers)
+        for kv, state in zip(stream.cache.layers, states, strict=True):
+            if bias == "none":
+                assert state.members is None
+            else:
+                assert share == 1.0  # else a kind of row was lost
+                assert bool((state.counts(kv.length).sum(-1) == 64).all())
+    dense = of_copies().dense(0)
+    torch.testing.assert_close(outs["log(members)"], dense, atol=2e-5, rtol=1e-4)
+    if len(sizes) > 1:
+        assert float((outs["none"] - dense).abs().max()) > 0.05
+
+
+def test_with_the_bias_scores_are_those_of_the_unmerged_rows():
+    """What a kept row has received is what all the tokens it stands for would have."""
+    stream, sizes = of_copies(), [40, 1, 1, 1, 4, 1, 1]
+    with EMS(**ALL_COPIES, every=30, combine="global", bias="log(members)").attach(_model()) as handle:
+        stream.feed(handle, *sizes)
+        states = [kv.views[handle.runtime].cache_state for kv in stream.cache.layers]
+    group = stream.query.shape[2] // stream.key.shape[2]
+    for i, state in enumerate(states):
+        kv = stream.cache.layers[i]
+        query, key = stream.query[i, :, :, :49], stream.key[i, :, :, :49]
+        want = attention_columns(query, key, scale=SCALE) / group
+        total = state.total[..., : state.rows]
+        torch.testing.assert_close(total.sum(-1), want.sum(-1), rtol=1e-4, atol=1e-4)
+        for b, h in itertools.product(range(2), range(2)):
+            for kind in key[b, h, :2]:
+                mine = (kv.keys[b, h] - kind).norm(dim=-1) < 1e-3
+                theirs = (key[b, h] - kind).norm(dim=-1) < 1e-3
+                torch.testing.assert_close(total[b, h][mine].sum(), want[b, h][theirs].sum(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_bias_leaves_padding_out():
+    stream, mask = of_copies(), torch.ones(2, 64, dtype=torch.bool)
+    mask[1, :11] = False
+    with EMS(**ALL_COPIES, bias="log(members)").attach(_model()) as handle:
+        got = stream.feed(handle, 40, 4, *[1] * 20, mask=mask)
+    torch.testing.assert_close(got[:, :1], of_copies().dense(0)[:, :1], atol=2e-5, rtol=1e-4)
+    alone = of_copies().pick(torch.tensor([1]), 11).dense(0)
+    torch.testing.assert_close(got[:, 1:, :, 11:], alone, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("every", [None, 0])
+def test_the_counts_can_be_taken_along(every):
+    outs = []
+    for moved in (False, True):
+        stream = of_copies()
+        with EMS(**ALL_COPIES, every=every, bias="log(members)").attach(_model()) as handle:
+            stream.feed(handle, 40, 1, 1)
+            for kv in stream.cache.layers if moved else []:
+                view = kv.views[handle.runtime]
+                given, rows = view.cache_state.tensors(), view.cache_state.rows
+                assert "members" in given
+                view.cache_state = RunningSums()
+                view.cache_state.restore({name: x.clone() for name, x in given.items()}, rows)
+            outs.append(stream.feed(handle, *[1] * 12))
+    assert torch.equal(*outs)
+    torch.testing.assert_close(outs[0], of_copies().dense(42)[:, :, :, :12], atol=2e-5, rtol=1e-4)
+
+
+def test_the_bias_takes_attention_and_changes_nothing_where_nothing_merges():
+    with pytest.raises(RecipeError, match="claim attention in decode"):
+        attach(_model(), [(EMS(bias="log(members)"), None), (Quest(), None)])
+    outs = []
+    for bias in ("none", "log(members)"):
+        with EMS(budget=16, window=6, tau=2.0, bias=bias).attach(_model()) as handle:
+            outs.append(clustered().feed(handle, 40, 4, *[1] * 20))
+    torch.testing.assert_close(*outs, atol=1e-5, rtol=1e-5)
 
 
 # -- keys before their rotation -------------------------------------------------------------------------------------------

@@ -18,8 +18,9 @@ is a setting, or stands here:
   for the comparison only; what is merged are the cached keys. A center wins against the zero class at R = τ.
 * [R] A merged center carries on the running sums of its members, global and local: attention received is conserved. To
   carry on the combined s instead would count the local part again at every compression, and grow without end.
-* [R] The weights of a merge are s. They begin afresh at each compression; how many tokens an entry stands for is not kept
-  from one to the next, and an entry counts once in the softmax (the card's option ``bias = log(members)`` is not here).
+* [R] The weights of a merge are s. They begin afresh at each compression. An entry counts once in the softmax, as published.
+  With ``bias="log(members)"``, which is not the paper's, how many tokens an entry stands for is carried on, and its logit is
+  raised by the logarithm, in attention and in the scores: identical tokens keep their mass (`merged_mass`).
 * [R] A block of several tokens is compressed at once to B rows, a generated token when there are B + c (`every`).
   All heads end with B rows, in the order of their positions: per-head adaptation is in which tokens merge, and with `mass`
   in how many are candidates.
@@ -36,6 +37,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from gossamer.cache.base import CacheMethod, EvictingPolicy, budget_of
+from gossamer.cache.merged_mass import MassPolicy, widen
 from gossamer.cache.merging import Combine, Norms, choose_merges, global_local_score
 from gossamer.calibration import Calibration
 from gossamer.hf import CachePolicy, LayerView, ModelShape
@@ -84,6 +86,14 @@ class RunningSums(Derived):
 
     total: Tensor | None = None  # float32 [batch, kv_heads, capacity]
     ring: Tensor | None = None  # float32 [batch, kv_heads, w, capacity]
+    members: Tensor | None = None  # float32 [batch, kv_heads, rows at the last merge], tokens that a row stands for
+
+    def counts(self, rows: int) -> Tensor | None:
+        """Tokens that each of the first `rows` rows stands for; None where nothing was merged, or it isn't asked for."""
+        if self.members is None:
+            return None
+        known = min(self.members.shape[2], rows)
+        return F.pad(self.members[..., :known], (0, rows - known), value=1.0)
 
     def read(self, like: Tensor, window: int, rows: int) -> tuple[Tensor, Tensor]:
         """Both for the first `rows` rows, 0 where nothing is known; batch, heads and device of `like`."""
@@ -117,18 +127,21 @@ class RunningSums(Derived):
 
     def tensors(self) -> dict[str, Tensor]:
         """The sums of the rows that are there."""
+        counted = {} if self.members is None else {"members": self.members}
         if self.total is None or self.ring is None:
-            return {}
-        return {"total": self.total[..., : self.rows], "ring": self.ring[..., : self.rows]}
+            return counted
+        return {"total": self.total[..., : self.rows], "ring": self.ring[..., : self.rows], **counted}
 
     def restore(self, tensors: dict[str, Tensor], rows: int) -> None:
         """Take back what `tensors` gave."""
-        self.store(tensors["total"], tensors["ring"], rows)
+        self.members = tensors.get("members")
+        if "total" in tensors:
+            self.store(tensors["total"], tensors["ring"], rows)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both."""
-        return sum(x.numel() * x.element_size() for x in (self.total, self.ring) if x is not None)
+        """Bytes of all."""
+        return sum(x.numel() * x.element_size() for x in (self.total, self.ring, self.members) if x is not None)
 
 
 class MergingPolicy(EvictingPolicy):
@@ -154,9 +167,12 @@ class MergingPolicy(EvictingPolicy):
         if new == 1 and not every:
             return
         key = layer.rows(kv.length)[0].to(query.device)
-        group = query.shape[1] // key.shape[1]
+        group, asked, scored = query.shape[1] // key.shape[1], query, key
+        members = state.counts(kv.length)
+        if members is not None:
+            asked, scored = widen(query, key, members, layer.scale)
         if new == 1:
-            row = attention_row(query[:, :, 0], key, starts=layer.starts, scale=layer.scale) / group
+            row = attention_row(asked[:, :, 0], scored, starts=layer.starts, scale=layer.scale) / group
             state.append(row, (seen - 1) % window, budget + every, window)
             layer.runtime.stats.score_bytes += key.numel() * key.element_size()
             self.sums[layer.index] = state.nbytes
@@ -167,10 +183,10 @@ class MergingPolicy(EvictingPolicy):
             if not every:
                 state.rows = 0
             total, ring = state.read(key, window, kv.length)
-            total = total + attention_columns(query, key, starts=layer.starts, scale=layer.scale) / group
-            last = query[:, :, -window:]
+            total = total + attention_columns(asked, scored, starts=layer.starts, scale=layer.scale) / group
+            last = asked[:, :, -window:]
             lines = torch.arange(seen - last.shape[2], seen, device=query.device) % window
-            ring = ring.index_copy(2, lines, last_rows(last, key, layer.starts, layer.scale))
+            ring = ring.index_copy(2, lines, last_rows(last, scored, layer.starts, layer.scale))
         if kv.length > budget:
             total, ring = self.compress(layer, key, total, ring, budget)
         if every:
@@ -213,6 +229,11 @@ class MergingPolicy(EvictingPolicy):
                     x.to(rows.device) for x in (choice.weights, choice.members, choice.targets())
                 )
                 merge_rows(rows, weights, members, targets, keep_norm=keep_norm)
+        if method.bias == "log(members)":
+            state = cast(RunningSums, layer.cache_state)
+            before = state.counts(kv.length)
+            stands = torch.ones_like(choice.weights) if before is None else before
+            state.members = choice.carry(stands.unsqueeze(2))[:, :, 0]
         layer.keep(choice.ids)
         self.candidates += int(choice.candidates.sum())
         self.merged += merged
@@ -242,6 +263,9 @@ class EMS(CacheMethod):
     window keep their window. A rolled-back step must not have dropped rows. A prompt read in chunks is compressed after
     each.
 
+    ``bias="log(members)"`` takes attention in prefill and decode, so that no method that selects rows goes beside it. A step
+    then copies the kept rows to float32, and trees of candidates (speculative decoding) are read without the bias.
+
     Settings marked [R] in the module's text are this library's reconstruction of an unavailable paper (arXiv 2412.08521).
 
     >>> EMS(budget=128).plan(1000)
@@ -267,6 +291,14 @@ class EMS(CacheMethod):
     clamp: bool = Field(True, description="negative cosines count as 0")
     norms: Norms = Field("separate", description="merge directions and norms of keys apart, or average the keys")
     every: int | None = Field(None, ge=0, description="generated tokens between compressions (None: window; 0: none)")
+    bias: Literal["none", "log(members)"] = Field(
+        "none", description="count a merged row once, or add the logarithm of the tokens it stands for to its logit"
+    )
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """The cache; attention too where merged rows are read with a bias."""
+        return ("cache",) if self.bias == "none" else ("cache", "attention.prefill", "attention.decode")
 
     @model_validator(mode="after")
     def _fits(self) -> EMS:
@@ -288,6 +320,11 @@ class EMS(CacheMethod):
         """
         rotary = Rotary(model, "ems", "use similarity='rope'") if self.similarity == "prerope" else None
         return MergingPolicy(self, rotary)
+
+    def policies(self, model: nn.Module, calibration: Calibration | None) -> dict[str, Any]:
+        """The cache's, and with a bias one that reads merged rows with it."""
+        policy, mass = self.cache_policy(model, calibration), MassPolicy()
+        return {"cache": policy} if self.bias == "none" else {"cache": policy, "decode": mass, "prefill": mass}
 
     def held_rows(self, length: int) -> int:
         """The budget, after a prompt of this length."""
