@@ -74,6 +74,7 @@ _MODULES = (
     "mohd",
     "seerattention",
     "sparsing_law",
+    "spectr",
     "sirius",
     "tidaldecode",
     "tokenselect",
