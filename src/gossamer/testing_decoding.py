@@ -80,7 +80,8 @@ class EveryOutcome(Dice):
         Raises:
             InputError: there are more than `most` ways through it.
         """
-        self.script, found = [], {}
+        self.script = []
+        found: dict[Any, float] = {}
         for _ in range(most):
             self.place, self.chance = 0, 1.0
             outcome = run()

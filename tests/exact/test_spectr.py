@@ -465,8 +465,9 @@ def test_typical_acceptance_by_hand():
     logits = torch.tensor([[0.5, 0.3, 0.2], [0.96, 0.02, 0.02], [0.2, 0.2, 0.6], [0.4, 0.4, 0.2]]).log()
     assert ot.typical_threshold(logits[0].exp(), 0.3, 0.6) == pytest.approx(0.6 * math.exp(-1.029653), abs=1e-5)
     assert rule.lossless is False
-    # The entropy of the root's law lets 0.3 pass; behind token 0 only token 0 is typical.
-    assert rule.decide(typical_target(logits, [2, 1, 0, 0], tree)).path == (0, 2)
+    # The entropy of the root's law lets 0.3 pass, and not 0.2; behind node 1 only token 0 is typical.
+    assert rule.decide(typical_target(logits, [2, 1, 0, 2], tree)).path == (0, 2)  # of two as long the likelier
+    assert rule.decide(typical_target(logits, [2, 1, 0, 0], tree)).path == (0, 1, 3)
     assert rule.decide(typical_target(logits, [2, 0, 1, 0], tree)).path == (0, 1, 3)
     assert rule.decide(typical_target(logits, [2, 0, 1, 1], tree)).path == (0, 1)
     assert rule.decide(typical_target(logits, [2, 2, 2, 0], tree)).path == (0,)

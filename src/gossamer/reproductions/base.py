@@ -75,6 +75,7 @@ _MODULES = (
     "mohd",
     "seerattention",
     "sparsing_law",
+    "spectr",
     "sirius",
     "tidaldecode",
     "token_recycling",
