@@ -23,7 +23,7 @@ from gossamer.decoding.ppd_tree import TOTALS, DynamicTree, build_dynamic_tree, 
 from gossamer.models import load
 from gossamer.reproductions.base import Outcome, Progress, Reproduction
 
-SEED, LENGTH, CUTS, STEPS, SIZE = 0, 96, 16, 800, 30
+SEED, LENGTH, CUTS, STEPS, SIZE = 0, 96, 16, 600, 30
 HELD_OUT, REPLY, DECODED, NEW = 50, 24, 6, 24
 ACCURACY, TIMES = 0.25, 5.0
 
@@ -82,11 +82,8 @@ def _walk(guesses: Sequence[Sequence[Sequence[int]]], text: Sequence[int], start
         guesses: for the prefix of `start`, start + 1, … tokens, the ranks of each prompt token.
         text: all tokens; steps are counted while their candidates can be checked.
     """
-    accepted, state, root = (
-        [],
-        tree.m,
-        start + 1,
-    )  # the first step has told the token behind the prefix, and its guesses
+    accepted: list[int] = []
+    state, root = tree.m, start + 1  # the first step told the token behind the prefix, and its guesses
     while root + tree.m <= len(text):
         path: tuple[int, ...] = ()
         nodes, rows = tree.prompts[state - 1], guesses[root - 1 - start]
