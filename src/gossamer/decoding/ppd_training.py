@@ -182,7 +182,8 @@ def prompt_logits(
     own = torch.block_diag(*[chain_mask(m, ept, kind)] * count).to(cuts.device).bool()
     visible = torch.cat([_before(cuts, length, total), own.expand(batch, -1, -1)], dim=2)
     logits, _ = _forward(model, rows, visible, positions, inputs_embeds=inputs)
-    return logits.unflatten(1, (count, m, ept)).mean(3)
+    averaged: Tensor = logits.unflatten(1, (count, m, ept)).mean(3)
+    return averaged
 
 
 def random_cuts(starts: Tensor, length: int, m: int, count: int, seed: int = 0) -> Tensor:
@@ -344,7 +345,7 @@ def train_prompts(
             for group in optimizer.param_groups:
                 group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             losses.append(float(loss.detach()))
             if not math.isfinite(losses[-1]):

@@ -60,7 +60,7 @@ def ranked_paths(acc: Accuracies, depth: int, size: int) -> dict[Path, float]:
     {(0,): 0.6, (1,): 0.3, (0, 0): 0.3}
     """
     chosen: dict[Path, float] = {}
-    heap = [(-a, 1, (rank,)) for rank, a in enumerate(acc[0]) if a > 0] if depth else []
+    heap: list[tuple[float, int, Path]] = [(-a, 1, (r,)) for r, a in enumerate(acc[0]) if a > 0] if depth else []
     heapq.heapify(heap)
     while heap and len(chosen) < size:
         negative, length, path = heapq.heappop(heap)
@@ -135,7 +135,8 @@ def transitions(ends: Sequence[Mapping[Path, float]], prompts: Sequence[Mapping[
         chain[state, 0 if official else m - 1] += max(0.0, 1 - chain[state].sum())
     if official:
         chain[0, m] = 1
-    return chain / chain.sum(1, keepdims=True)
+    chances: Matrix = chain / chain.sum(1, keepdims=True)
+    return chances
 
 
 def stationary(chain: Matrix) -> Matrix:

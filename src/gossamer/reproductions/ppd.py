@@ -23,81 +23,25 @@ from gossamer.decoding.ppd_tree import TOTALS, DynamicTree, build_dynamic_tree, 
 from gossamer.models import load
 from gossamer.reproductions.base import Outcome, Progress, Reproduction
 
-SEED, LENGTH, CUTS, STEPS, SIZE = 0, 96, 16, 800, 30
+SEED, LENGTH, CUTS, STEPS, SIZE = 0, 96, 16, 600, 30
 HELD_OUT, REPLY, DECODED, NEW = 50, 24, 6, 24
 ACCURACY, TIMES = 0.25, 5.0
 
+
+def _words(line: str) -> tuple[str, ...]:
+    return tuple(line.split())
+
+
 # Training and held-out topics are disjoint.
-_TOPICS = [
-    "bread",
-    "cheese",
-    "rivers",
-    "volcanoes",
-    "bees",
-    "chess",
-    "violins",
-    "trains",
-    "bridges",
-    "glaciers",
-    "coffee",
-    "rice",
-    "wool",
-    "paper",
-    "glass",
-    "iron",
-    "gold",
-    "salt",
-    "sugar",
-    "whales",
-    "owls",
-    "wolves",
-    "frogs",
-    "roses",
-    "oaks",
-    "mushrooms",
-    "deserts",
-    "islands",
-    "harbours",
-    "castles",
-    "maps",
-    "clocks",
-    "lenses",
-    "magnets",
-    "batteries",
-    "engines",
-]
-_OTHERS = [
-    "tea",
-    "honey",
-    "lakes",
-    "earthquakes",
-    "ants",
-    "football",
-    "pianos",
-    "ships",
-    "tunnels",
-    "rainbows",
-    "milk",
-    "wheat",
-    "cotton",
-    "ink",
-    "steel",
-    "copper",
-    "pepper",
-    "eagles",
-    "bears",
-    "turtles",
-    "tulips",
-    "pines",
-    "jungles",
-    "beaches",
-    "markets",
-    "museums",
-    "globes",
-    "mirrors",
-    "radios",
-    "kites",
-]
+_TOPICS = _words(
+    "bread cheese rivers volcanoes bees chess violins trains bridges glaciers coffee rice wool paper glass iron gold salt "
+    "sugar whales owls wolves frogs roses oaks mushrooms deserts islands harbours castles maps clocks lenses magnets "
+    "batteries engines"
+)
+_OTHERS = _words(
+    "tea honey lakes earthquakes ants football pianos ships tunnels rainbows milk wheat cotton ink steel copper pepper "
+    "eagles bears turtles tulips pines jungles beaches markets museums globes mirrors radios kites"
+)
 _ASKED = (
     "Explain in simple words how people use {}.",
     "Give me five facts about {}.",
@@ -138,13 +82,11 @@ def _walk(guesses: Sequence[Sequence[Sequence[int]]], text: Sequence[int], start
         guesses: for the prefix of `start`, start + 1, … tokens, the ranks of each prompt token.
         text: all tokens; steps are counted while their candidates can be checked.
     """
-    accepted, state, root = (
-        [],
-        tree.m,
-        start + 1,
-    )  # the first step has told the token behind the prefix, and its guesses
+    accepted: list[int] = []
+    state, root = tree.m, start + 1  # the first step told the token behind the prefix, and its guesses
     while root + tree.m <= len(text):
-        nodes, path, rows = tree.prompts[state - 1], (), guesses[root - 1 - start]
+        path: tuple[int, ...] = ()
+        nodes, rows = tree.prompts[state - 1], guesses[root - 1 - start]
         while len(path) < state:
             token = text[root + len(path)]
             following = (*path, rows[len(path)].index(token)) if token in rows[len(path)] else None
@@ -252,8 +194,8 @@ REPRODUCTION = Reproduction(
     claim="up to 2.49 times as fast as plain decoding with 0.0002 % of the weights trained (MobileLLaMA and Vicuna, A100 and 4090)",
     setting=(
         f"SmolLM2-135M-Instruct frozen, float32, m 3, E 1, {2000 // CUTS} sampled chat texts of {LENGTH} tokens with {CUTS} cuts, "
-        f"{STEPS} steps of 8 (the card has 2000 to 3000: CPU time), {HELD_OUT} held-out prompts with {REPLY} greedy tokens, S {SIZE}; "
-        "trees made on one half of them, walked on the other"
+        f"{STEPS} steps of 8 (the card has 2000 to 3000: CPU time), {HELD_OUT} held-out prompts with {REPLY} greedy tokens, "
+        f"S {SIZE}; trees made on one half of them, walked on the other"
     ),
     threshold=(
         "top-10 accuracy at distance 2 at least 0.25 and 5 times the untrained embeddings', falling with distance; pruned tree at "
