@@ -119,7 +119,7 @@ def _at(points: list[tuple[float, float]], x: float) -> float:
 def _checks(run: dict[str, Any]) -> dict[str, bool]:
     """The card's conditions for one seed."""
     exact, *others = run["arms"]
-    rises, fast, close, beats = True, True, True, []
+    rises = close = True
     for k in SIZES:
         arms = [exact, *(a for a in others if a["table"] == "nearest" and a["k"] == k)]
         rises &= all(b["tokens_per_call"] >= a["tokens_per_call"] for a, b in pairwise(arms))
@@ -127,10 +127,9 @@ def _checks(run: dict[str, Any]) -> dict[str, bool]:
     wide = [a for a in others if a["table"] == "nearest" and a["k"] == SIZES[-1]]
     fast = next(a["tokens_per_call"] for a in wide if a["delta"] == 0.2) >= FASTER * exact["tokens_per_call"]
     line = [(a["tokens_per_call"], a["fid"]) for a in (exact, *wide)]
-    for arm in others:
-        if arm["table"] == "random" and arm["delta"] >= 0.2:
-            beats.append(_at(line, arm["tokens_per_call"]) < arm["fid"])
-    return {"rises": rises, "faster": fast, "close": close, "nearest_beats_random": all(beats)}
+    random = [arm for arm in others if arm["table"] == "random" and arm["delta"] >= 0.2]
+    beats = all(_at(line, arm["tokens_per_call"]) < arm["fid"] for arm in random)
+    return {"rises": rises, "faster": fast, "close": close, "nearest_beats_random": beats}
 
 
 def _experiment(progress: Progress) -> Outcome:
