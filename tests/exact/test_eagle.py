@@ -131,7 +131,7 @@ def test_training_lowers_the_loss_and_more_is_accepted(tmp_path):
     )
     fresh = eagle_head(model)
     head = eagle_head(model)
-    prompt = texts[:1, :4]
+    prompt, greedy = texts[:1, :4], {**GREEDY, "attention_mask": torch.ones(1, 4)}  # token 0 is no padding here
     weights = [p.clone() for p in model.parameters()]
     curve = train_eagle(model, head, texts, EaglePlan(epochs=15, batch=8, lr=3e-3, noise=0.01))
     assert sum(curve[-10:]) < 0.7 * sum(curve[:10])
@@ -140,13 +140,13 @@ def test_training_lowers_the_loss_and_more_is_accepted(tmp_path):
     rates = []
     for one in (fresh, head):
         engine = Engine(model, EagleDrafter(model, one, nodes=12, depth=4, top_k=4))
-        model.generate(prompt, **GREEDY, custom_generate=engine)
+        model.generate(prompt, **greedy, custom_generate=engine)
         rates.append(engine.stats.tokens_per_forward)
     assert rates[1] > max(1.5, rates[0])
     head.save_pretrained(tmp_path)
     loaded = Eagle(checkpoint=str(tmp_path), nodes=12, top_k=4).drafter(model, None)
     engine = Engine(model, loaded)
-    model.generate(prompt, **GREEDY, custom_generate=engine)
+    model.generate(prompt, **greedy, custom_generate=engine)
     assert engine.stats.tokens_per_forward == rates[1]
     with pytest.raises(ModelError, match="trained for another model"):
         Eagle(checkpoint=str(tmp_path)).drafter(tiny_model("llama", seed=3, vocab_size=32), None)

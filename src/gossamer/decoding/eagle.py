@@ -133,6 +133,13 @@ def _output(model: Any) -> Any:
     return head
 
 
+def frozen_output(model: Any) -> Callable[[Tensor], Tensor]:
+    """The target's language-model head as a function that trains nothing of the target."""
+    output = _output(model)
+    bias = output.bias if output.bias is None else output.bias.detach()
+    return lambda features: F.linear(features, output.weight.detach(), bias)
+
+
 @contextmanager
 def features_of(model: nn.Module) -> Iterator[list[Tensor]]:
     """Inside, the list holds what last went into the model's language-model head, ``[batch, n, d]``."""
@@ -161,7 +168,7 @@ class EaglePlan:
     unconditional: float = 0.1
 
 
-def eagle_loss(head: nn.Module, target: Tensor, said: Tensor, mask: Tensor) -> Tensor:
+def eagle_loss(head: Callable[[Tensor], Tensor], target: Tensor, said: Tensor, mask: Tensor) -> Tensor:
     """SmoothL1 of features ``[batch, n, d]``, mean over d, plus 0.1 cross-entropy of their laws; mean where mask ``[batch, n]``."""
     near = F.smooth_l1_loss(said, target, reduction="none").mean(-1)
     with torch.no_grad():
@@ -190,7 +197,7 @@ def train_eagle(
     if tokens.dim() != 2 or tokens.shape[1] < 2 or tokens.is_floating_point():
         raise InputError(f"EAGLE is trained on token blocks [count, length], got {list(tokens.shape)}")
     generator, curve, length = torch.Generator().manual_seed(seed), [], tokens.shape[1] - 1
-    output, embed = _output(model), model.get_input_embeddings()
+    output, embed = frozen_output(model), model.get_input_embeddings()
     steps = plan.epochs * math.ceil(len(tokens) / plan.batch)
     warm = max(1, round(plan.warmup * steps))
     optimizer = torch.optim.AdamW(head.parameters(), lr=plan.lr, betas=(0.9, 0.95))
@@ -251,6 +258,7 @@ class EagleDrafter(Drafter):
         self.model, self.head, self.shape = model, head, shape
         self.nodes, self.levels, self.top_k, self.drawn = nodes, depth, min(top_k, model.config.vocab_size), drawn
         self.ranks, self.depth = (0, 0) if nodes or shape is not None else (self.top_k, depth)
+        self._output = frozen_output(model)
         self._last: list[Tensor] = []
         self._prompt: Tensor | None = None
         self._fresh: list[tuple[Tensor, list[int]]] = []
@@ -287,10 +295,7 @@ class EagleDrafter(Drafter):
 
     def _scores(self, features: Tensor) -> Tensor:
         """Logits float32 ``[n, V]`` of features ``[branches, n, d]``."""
-        logits, guidance = (
-            F.linear(features, _output(self.model).weight, _output(self.model).bias),
-            guidance_of(self.model),
-        )
+        logits, guidance = self._output(features), guidance_of(self.model)
         return (logits if guidance is None else guidance.combine(logits))[0].float()
 
     def _read(self) -> Tensor:

@@ -77,7 +77,8 @@ class ImageTokenizer(PreTrainedModel):  # type: ignore[misc]
     def vectors(self, codes: Tensor) -> Tensor:
         """``[n, dim, side, side]`` of codes ``[n, side * side]``."""
         side = self.config.side
-        return self.codebook[codes].transpose(1, 2).unflatten(2, (side, side))
+        found: Tensor = self.codebook[codes].transpose(1, 2).unflatten(2, (side, side))
+        return found
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -136,7 +137,7 @@ def train_tokenizer(
         vectors = model.vectors(codes)
         decoded = model.decoder(latents + (vectors - latents).detach())
         error = F.mse_loss(decoded, picked)
-        loss = error + F.mse_loss(vectors, latents.detach()) * 1.0 + 0.25 * F.mse_loss(latents, vectors.detach())
+        loss = error + F.mse_loss(vectors, latents.detach()) + 0.25 * F.mse_loss(latents, vectors.detach())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -67,6 +67,7 @@ _MODULES = (
     "double_sparsity",
     "ems",
     "hip_attention",
+    "lantern",
     "lazy_neuron",
     "minference",
     "ppd",
