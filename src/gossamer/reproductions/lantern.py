@@ -25,7 +25,7 @@ from gossamer.reproductions.base import Outcome, Progress, Reproduction
 
 SEEDS = (0, 1)
 CODES, CLASSES, LENGTH = 256, 3, 64
-IMAGES, SAMPLES, REFERENCE = 6000, 60, 1200
+IMAGES, SAMPLES, REFERENCE = 6000, 36, 1200
 DELTAS, SIZES, RANDOM = (0.05, 0.1, 0.2, 0.4), (10, 50), (0.1, 0.2, 0.4)
 FASTER, WITHIN = 1.4, 1.15
 
