@@ -37,7 +37,7 @@ from gossamer.errors import CalibrationError, InputError
 from gossamer.hf import LayerView, ModelShape, PrefillPolicy, dense_attention, model_shape
 from gossamer.hf.rotary import Rotary
 from gossamer.models import fingerprint
-from gossamer.patterns import Budget, resolve
+from gossamer.patterns import AreaMeter, Budget, causal_pairs, resolve
 from gossamer.patterns.budget import parse
 from gossamer.registry import register
 
@@ -47,15 +47,15 @@ class SeerPolicy(PrefillPolicy):
 
     def __init__(self, method: SeerAttention, layers: list[SeerGate], rotary: Rotary, wide: Rotary) -> None:
         self.method, self.gates, self.rotary, self.wide = method, layers, rotary, wide
-        self.kept = self.causal = 0
+        self.meter = AreaMeter()
 
     def open(self, layer: LayerView) -> gates.BlockStore:
         """No block pooled yet."""
         return gates.BlockStore()
 
     def report(self) -> dict[str, Any]:
-        """`prefill_area`: query–key pairs computed, over those that causality allows; dense layers count as they are."""
-        return {"prefill_area": self.kept / self.causal if self.causal else 1.0}
+        """`prefill_area` and `prefill_area_of_heads`; see `gossamer.patterns.AreaMeter`. The gates' scores are not in it."""
+        return self.meter.report()
 
     def is_dense(self, layer: LayerView, length: int) -> bool:
         """Whether this layer reads everything."""
@@ -100,14 +100,14 @@ class SeerPolicy(PrefillPolicy):
     def prefill(self, layer: LayerView, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Gate, then block-sparse attention; dense in the dense layers and under a sliding window."""
         (batch, heads, new, _), length, block = query.shape, key.shape[2], self.method.block_size
-        pairs = gates.pair_counts(new, length, block, torch.device("cpu"))
-        whole = batch * heads * int(pairs.sum())
-        self.causal += whole
+        size = {"batch": batch, "new": new, "length": length}
         if self.is_dense(layer, length):
-            self.kept += whole
+            self.meter.add(layer.index, 1.0, heads=heads, **size)
             return dense_attention(query, key, value, layer.scale, starts=layer.starts, window=layer.window)
         mask = self.mask(layer, query, key)
-        self.kept += int((mask.sum((0, 1)).cpu() * pairs).sum())
+        pairs = gates.pair_counts(new, length, block, torch.device("cpu"))
+        computed = (mask.sum(0).cpu() * pairs).sum((1, 2)).double()
+        self.meter.add(layer.index, computed / (batch * causal_pairs(length, new)), **size)
         return ops.block_sparse_attention(
             query, key, value, mask, block_size=block, starts=layer.starts, scale=layer.scale
         )
