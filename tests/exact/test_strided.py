@@ -47,15 +47,15 @@ class TestStrided(AttentionContract):
     """Decode is dense."""
 
     cases: ClassVar[list[Case]] = [
-        Case("dilated", {"n_local": 64}, full={}, sparse=False),
-        Case("strided", full={}, sparse=False),
+        Case("dilated-window", {"n_local": 64}, full={}, sparse=False),
+        Case("strided-window", full={}, sparse=False),
     ]
 
 
 class TestStridedPrefill(PrefillContract):
     cases: ClassVar[list[PrefillCase]] = [
-        PrefillCase("dilated", SMALL, {"n_init": 96}),
-        PrefillCase("strided", {**SMALL, "n_local": 8}, {"n_local": 96}),
+        PrefillCase("dilated-window", SMALL, {"n_init": 96}),
+        PrefillCase("strided-window", {**SMALL, "n_local": 8}, {"n_local": 96}),
     ]
 
 
@@ -76,7 +76,7 @@ def test_it_is_one_masked_softmax(pattern: tuple[int, int, int, int], monkeypatc
     torch.testing.assert_close(got[1, :, :53], value[1, :, :53].repeat_interleave(2, 0), **CLOSE)
 
 
-@pytest.mark.parametrize(("slug", "n_local"), [("dilated", 0), ("strided", 8)])
+@pytest.mark.parametrize(("slug", "n_local"), [("dilated-window", 0), ("strided-window", 8)])
 def test_through_a_model(slug: str, n_local: int) -> None:
     stream = Stream(length=96)
     with make(slug, **SMALL, n_local=n_local, starting_layer=1).attach(_model()) as handle:
@@ -95,12 +95,12 @@ def test_they_are_baselines_with_the_papers_numbers() -> None:
     dilated, strided = S.Dilated(), S.Strided()
     assert (dilated.n_init, dilated.n_local, dilated.n_far, dilated.stride) == (1024, 0, 8192, 2)
     assert (strided.n_init, strided.n_local, strided.n_far, strided.stride) == (1024, 2048, 4096, 2)
-    assert all(method(slug).baseline for slug in ("dilated", "strided"))
+    assert all(method(slug).baseline for slug in ("dilated-window", "strided-window"))
 
 
 @pytest.mark.parametrize("bad", [{"n_init": -1}, {"n_far": 0}, {"stride": 0}, {"n_local": -1}, {"window": 4}], ids=str)
 def test_bad_settings_are_one_line(bad: dict[str, Any]) -> None:
-    for slug in ("dilated", "strided"):
+    for slug in ("dilated-window", "strided-window"):
         with pytest.raises(InputError, match=next(iter(bad))) as caught:
             make(slug, **bad)
         assert "\n" not in str(caught.value)

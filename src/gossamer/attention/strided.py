@@ -106,7 +106,7 @@ class StridedPolicy(PatternPolicy):
         return out, torch.full((query.shape[1],), share, dtype=torch.float64)
 
 
-@register("dilated", slot="attention.prefill", family="attention", name="Dilated window prefill", baseline=True)
+@register("dilated-window", slot="attention.prefill", family="attention", name="Dilated window prefill", baseline=True)
 class Dilated(AttentionMethod):
     """Read a prompt through sinks and every second token of a window: twice as far as a window of the same cost.
 
@@ -131,7 +131,7 @@ class Dilated(AttentionMethod):
         return StridedPolicy(self, [None if i < self.starting_layer else heads for i in range(shape.layers)])
 
 
-@register("strided", slot="attention.prefill", family="attention", name="Strided window prefill", baseline=True)
+@register("strided-window", slot="attention.prefill", family="attention", name="Strided window prefill", baseline=True)
 class Strided(Dilated):
     """Read a prompt through sinks, a window, and every second token before it.
 
