@@ -8,8 +8,8 @@ from gossamer.activations import ActivationMethod
 from gossamer.registry import methods
 from gossamer.testing_activations import METHODS, ActivationContract
 
-#: Their masks depend on more than the token: on the prompt (GRIFFIN, Sirius), or on predictors. Their tests are their own.
-EXEMPT = {"griffin", "sirius", "relu-predictor"}
+#: Their masks depend on more than the token: on the prompt. Their tests are their own.
+EXEMPT = {"griffin", "sirius"}
 
 
 class TestActivations(ActivationContract):
