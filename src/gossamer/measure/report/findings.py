@@ -223,7 +223,7 @@ def _where_it_does_not_pay(comparison: Comparison) -> list[str]:
         if base is not None and base.cost is not None:
             found += _slower(row, row.cost, base, base.cost)
         share_read = row.cost.share_read
-        if share_read is not None and share_read >= 1:
+        if row.cost.neurons_kept is None and share_read is not None and share_read >= 1:  # neurons save weights instead
             found.append(f"{row.label} reads {share_read:.2f} times what dense attention reads: it saves no traffic.")
         held = row.cost.kv_bytes_held + row.cost.extra_bytes_held
         if base is not None and base.cost is not None and 0 < base.cost.kv_bytes_held < held:
