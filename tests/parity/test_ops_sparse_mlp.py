@@ -170,6 +170,10 @@ def test_bad_input_is_refused():
         lambda: sparse_mlp(x, weights),
         lambda: sparse_mlp(x, weights, count=1, **one),
         lambda: sparse_mlp(x, weights, threshold=torch.zeros(7)),
+        lambda: sparse_mlp(x, weights, threshold=torch.zeros(8).double()),
+        lambda: sparse_mlp(x, weights, indices=torch.arange(3)),
+        lambda: sparse_mlp(x, weights, **one, counts=torch.zeros(2)),
+        lambda: sparse_mlp(x, NeuronWeights(*[weights.gate] * 3, torch.zeros(8).bfloat16()), **one),
         lambda: sparse_mlp(x, weights, **one, counts=torch.zeros(1, dtype=torch.int64)),
         lambda: NeuronWeights(weights.gate, weights.up, weights.down[:, :3]),
         lambda: NeuronWeights(weights.gate, weights.up, weights.down, activation="tanh"),
@@ -180,6 +184,13 @@ def test_bad_input_is_refused():
             bad()
     with use_backend("native"), pytest.raises(InputError, match="ascend"):
         sparse_mlp(x, weights, indices=torch.tensor([1, 8], dtype=torch.int32))
+
+
+def test_strided_rules_are_read_as_they_are():
+    weights, x = weights_of(8, 4, torch.float32), torch.randn(1, 4)
+    wide, pairs = torch.tensor([0.0, 9.0] * 8), torch.tensor([0, 7, 2, 7, 5, 7], dtype=torch.int32)
+    assert_same(x, weights, threshold=wide[::2])
+    assert_same(x, weights, indices=pairs[::2])
 
 
 def test_gradients_take_the_reference():

@@ -102,7 +102,7 @@ class ChannelForward:
         if rule is None:
             return cast(Tensor, type(module).forward(module, x))
         if rule is not self.checked:
-            rule.check(self.meter.size)
+            rule.check(self.meter.size, x.device)
             self.checked = rule
         decoding = is_decoding(x)
         flat = x.reshape(-1, x.shape[-1])

@@ -71,7 +71,7 @@ class _GatedForward:
             return cast(Tensor, type(module).forward(module, x, *args, **kwargs))
         if rule is not None:
             if rule is not self.checked:
-                rule.check(view.neurons)
+                rule.check(view.neurons, x.device)
                 self.checked = rule
             decoding = is_decoding(x)
             if rule.on == "gate" and run.mode != "mask" and (out := self._gather(x, rule, decoding)) is not None:

@@ -150,8 +150,20 @@ def sparse_mlp(
         raise InputError(f"{_OP}: give one of threshold, count and indices")
     if threshold is not None and list(threshold.shape) not in ([], [weights.neurons]):
         raise InputError(f"{_OP}: threshold must have shape [] or [{weights.neurons}], got {list(threshold.shape)}")
+    if indices is not None and indices.dim() != 1:
+        raise InputError(f"{_OP}: indices must be [n], got {list(indices.shape)}")
     if counts is not None and list(counts.shape) != [x.shape[0] + 1]:
         raise InputError(f"{_OP}: counts must have shape [{x.shape[0] + 1}], got {list(counts.shape)}")
+    biases = (weights.gate_bias, weights.up_bias, weights.down_bias)
+    for name, other, dtype in (
+        ("threshold", threshold, torch.float32),
+        ("indices", indices, torch.int32),
+        ("counts", counts, torch.int64),
+        ("weights", weights.gate, weights.gate.dtype),
+        *(("a bias", bias, x.dtype) for bias in biases),
+    ):
+        if other is not None and (other.dtype is not dtype or other.device != x.device):
+            raise InputError(f"{_OP}: {name} must be {dtype} on {x.device}, got {other.dtype} on {other.device}")
     if weights.gate.dtype not in (x.dtype, torch.int8) or not x.dtype.is_floating_point:
         raise InputError(f"{_OP}: x is {x.dtype}, the weights are {weights.gate.dtype}")
     if torch.compiler.is_compiling():
@@ -174,7 +186,9 @@ def _run(
         out: Tensor = triton_call(_OP, _OP)(x, weights, threshold, count, indices, counts)
         return out
     if backend == "native" and _native_takes(weights):
-        return run_native(x.contiguous(), weights, threshold, count, indices, counts)
+        threshold, indices = (None if t is None else t.contiguous() for t in (threshold, indices))
+        if counts is None or counts.is_contiguous():
+            return run_native(x.contiguous(), weights, threshold, count, indices, counts)
     return _reference(x, weights, threshold, count, indices, counts)
 
 

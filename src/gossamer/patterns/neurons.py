@@ -59,9 +59,14 @@ class NeuronRule:
             or bool((self.indices[:1] < 0).any())
         ):
             raise InputError("indices of neurons are int32 [n], ascending and without repeats")
+        if self.indices is not None:
+            object.__setattr__(self, "indices", self.indices.contiguous())
 
-    def check(self, size: int) -> None:
-        """Raise `InputError` unless the rule fits so many neurons."""
+    def check(self, size: int, device: torch.device) -> None:
+        """Raise `InputError` unless the rule fits so many neurons on this device."""
+        for part in (self.threshold, self.indices):
+            if part is not None and part.device != device:
+                raise InputError(f"a rule lies on {part.device}, the neurons on {device}")
         if self.threshold is not None and self.threshold.numel() not in (1, size):
             raise InputError(f"a rule has {self.threshold.numel()} thresholds for {size} neurons")
         if self.threshold is not None and self.threshold.ndim and self.threshold.numel() != size:
