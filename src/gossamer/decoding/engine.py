@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,13 @@ class DecodingStats:
     tokens: int = 0
     nodes: int = 0
     accepted: dict[int, int] = field(default_factory=dict)
+
+    def count(self, tokens: int, nodes: int) -> None:
+        """Add a step that emitted so many tokens with a forward of so many nodes."""
+        self.forwards += 1
+        self.tokens += tokens
+        self.nodes += nodes
+        self.accepted[tokens - 1] = self.accepted.get(tokens - 1, 0) + 1
 
     @property
     def tokens_per_forward(self) -> float:
@@ -165,7 +172,7 @@ class Engine:
         do_sample: bool,
         streamer: Any,
     ) -> Tensor:
-        trees, call = self._trees(), self.model
+        trees, model = self._trees(), cast(Any, self.model)
         first = next(trees)  # costs are measured before anything is cached
         limit = min((c.max_length for c in stopping if hasattr(c, "max_length")), default=len(prompt) + 20)
         room = torch.empty(max(limit, len(prompt)) + 1, dtype=torch.long, device=prompt.device)
@@ -173,7 +180,8 @@ class Engine:
         count, seen = len(prompt), cache.get_seq_length()
         if seen < count - 1:
             unread, watched = prompt[None, seen:-1], self.drafter.watches_prompt
-            logits = self._forward(call, unread, cache, logits_to_keep=0 if watched else 1).logits[0]
+            keep = {"logits_to_keep": 0 if watched else 1}
+            logits = model(input_ids=unread, past_key_values=cache, use_cache=True, **keep).logits[0]
             if watched:
                 self.drafter.observe_prompt(unread[0], logits.float())
         self.stats = stats = DecodingStats()
@@ -195,12 +203,7 @@ class Engine:
                     break
             kept = verdict.path[:fresh]
             accept(cache, start, kept)
-            stats.forwards, stats.tokens, stats.nodes = (
-                stats.forwards + 1,
-                stats.tokens + fresh,
-                stats.nodes + draft.tree.size,
-            )
-            stats.accepted[fresh - 1] = stats.accepted.get(fresh - 1, 0) + 1
+            stats.count(fresh, draft.tree.size)
             self.drafter.observe(target, verdict)
             if self.sizer is not None:
                 self.sizer.learn(draft.tree, draft.tokens, verdict.path)
@@ -225,17 +228,12 @@ class Engine:
         tokens = torch.tensor([draft.tokens], device=device)
         positions = (start + draft.tree.positions.to(device))[None]
         inputs: dict[str, Tensor] = {"input_ids": tokens}
+        model: Any = self.model
         if min(draft.tokens) < 0:
-            model: Any = self.model
             inputs = {"inputs_embeds": self.drafter.embed(tokens[0], model.get_input_embeddings())[None]}
         with runtime.tree_forward(draft.tree):
-            logits: Tensor = self._forward(self.model, None, cache, position_ids=positions, **inputs).logits[0]
+            logits: Tensor = model(past_key_values=cache, use_cache=True, position_ids=positions, **inputs).logits[0]
         return logits.float()
-
-    def _forward(self, model: Any, ids: Tensor | None, cache: Any, **kwargs: Any) -> Any:
-        if ids is not None:
-            kwargs["input_ids"] = ids
-        return model(past_key_values=cache, use_cache=True, **kwargs)
 
 
 def _pruned(draft: Draft) -> Draft:

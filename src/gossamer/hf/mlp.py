@@ -173,16 +173,7 @@ class MLPRuntime:
         read, dense = 0.0, 0
         for view, meter in zip(self.views, self.meters, strict=True):
             size = view.neurons * view.channels * (1 if self.int8 else cast(Tensor, view.down.weight).element_size())
-            rule = self.policy.rule(view.index) if known else None
-            skipped = (
-                0
-                if rule is None
-                else 1
-                if not view.gated or rule.on == "product"
-                else 3
-                if rule.indices is not None
-                else 2
-            )
+            skipped = _skipped(view, self.policy.rule(view.index)) if known else 0
             matrices = 3 if view.gated else 2
             read += size * (matrices - skipped * (1 - meter.read_share()))
             dense += size * matrices
@@ -193,3 +184,12 @@ class MLPRuntime:
             "mlp_bytes_dense": dense,
             **self.policy.report(),
         }
+
+
+def _skipped(view: MLPView, rule: NeuronRule | None) -> int:
+    """Matrices of an MLP whose rows or columns of dropped neurons are not read."""
+    if rule is None:
+        return 0
+    if not view.gated or rule.on == "product":
+        return 1  # down
+    return 2 if rule.indices is None else 3  # up and down; with a fixed list the gate too
