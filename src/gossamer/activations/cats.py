@@ -13,6 +13,8 @@ Decisions where the card leaves room:
 * A plain MLP ``act(x W_u) W_d`` is judged by its only activation; W_d alone is then read in part.
 * The released histogram has an edge below zero next to it; such thresholds count as 0. At k = 1 it has no bin: its last
   edge, 1, is taken, so it can't drop larger values.
+
+Not built: the SVD predictor, which is off in the released code.
 """
 
 from __future__ import annotations

@@ -17,6 +17,8 @@ Decisions where the paper or its code leaves room:
 * Attention methods may be stacked: they serve drafts (and a sparse prefill its prompt), while checks attend densely. Methods
   that drop or quantise cache rows are refused, because a check must be able to rewrite them.
 * Between generations, and in a plain `model.generate`, the attached model is the full one.
+
+Not built: captured graphs for the three forwards, and offload of layers to the host with copies that overlap computing.
 """
 
 from __future__ import annotations

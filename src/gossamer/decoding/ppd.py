@@ -16,6 +16,9 @@ Decisions where the card leaves room:
   same. Greedy text is that of plain decoding with all three.
 * Decoding takes one embedding for a prompt token (E = 1), as released; more of them are for training and its accuracies.
 
+Not built: PPD inside a draft model, learned or hidden-state weights over the E embeddings, random allocation of prompts as an
+ablation.
+
 Paper: Hardware-Aware Parallel Prompt Decoding for Memory-Efficient Acceleration of LLM Inference, Findings of EMNLP 2025.
 """
 
