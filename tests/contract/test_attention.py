@@ -21,4 +21,7 @@ def test_every_method_of_the_family_keeps_the_contract() -> None:
     exact = Path(__file__).parents[1] / "exact"
     files = {slug: exact / f"test_{slug.replace('-', '_')}.py" for slug in registered}
     own = {slug for slug, file in files.items() if file.exists() and "(AttentionContract)" in file.read_text()}
+    # Some files hold several methods: their cases name them.
+    texts = [text for file in exact.glob("*.py") if "(AttentionContract)" in (text := file.read_text())]
+    own |= {slug for slug in registered if any(f'Case("{slug}"' in text for text in texts)}
     assert registered - EXEMPT == own | {case.slug for case in METHODS}

@@ -41,11 +41,13 @@ def both(*args, **kwargs):
 
 
 def assert_same(actual, expected, dtype):
-    for x, y in zip(actual, expected, strict=True):
+    for part, x, y in zip(("output", "lse"), actual, expected, strict=True):
         x, y = x.float(), y.float()
         torch.testing.assert_close(x, y, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
         known = y.isfinite()
         error, size = (x - y)[known].square().sum().sqrt(), y[known].square().sum().sqrt()
+        if part == "lse":  # a logarithm: its error is a factor on the sum, however near to 0 it lies itself
+            size = torch.ones_like(y[known]).sum().sqrt()
         assert error <= RMS[dtype] * size + 1e-6
 
 
