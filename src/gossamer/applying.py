@@ -25,7 +25,7 @@ from gossamer.errors import InputError, ModelError, OutputError, RecipeError
 from gossamer.measure import cost as costs
 from gossamer.measure import weights as study
 from gossamer.measure.compare import calibration_tokens
-from gossamer.models import LoadedModel, fingerprint, load
+from gossamer.models import LoadedModel, fingerprint, load, quiet
 from gossamer.models.training import resumable
 from gossamer.recipe import Recipe
 from gossamer.registry import catalogue
@@ -154,8 +154,9 @@ def _write_model(folder: Path, model: nn.Module, tokenizer: Any) -> None:
     if not hasattr(saved, "save_pretrained"):
         raise ModelError(f"{type(model).__name__} cannot be saved as a model folder")
     try:
-        saved.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        with quiet():
+            saved.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
     except OSError as error:
         raise OutputError(f"cannot write {folder}: {error.strerror}") from None
 
