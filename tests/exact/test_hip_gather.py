@@ -317,6 +317,19 @@ def test_extension_reads_beyond_the_trained_length_in_generate() -> None:
         assert model.generate(ids, max_new_tokens=6, do_sample=False).shape == (1, 66)
 
 
+def test_layers_with_a_window_of_their_own_stay_as_they_are() -> None:
+    model = tiny_model("mistral", sliding_window=14)
+    ids = torch.randint(1, 256, (1, 50), generator=torch.Generator().manual_seed(0))
+    want = model.generate(ids, max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    with HipAttention(**EXTEND).attach(model):
+        got = model.generate(ids, max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    for x, y in zip(got.logits, want.logits, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
+    mixed = tiny_model("gemma3")
+    with HipAttention(**EXTEND).attach(mixed):
+        assert mixed.generate(ids, max_new_tokens=4, do_sample=False).shape == (1, 54)
+
+
 def test_models_without_rotary_positions_are_refused() -> None:
     with pytest.raises(ModelError, match="use self_extend=1"):
         HipAttention(**EXTEND).attach(tiny_model("gpt2"))

@@ -13,7 +13,8 @@ same segments and a choice serves `refresh` steps, so that most is found near. T
 in the search and in attention, dense layers included. The paper's neighbourhood is 1024 beside HiP's window of 256; here both
 are `window`, so set that: then a key read outside the window is always a far one, and queries and keys each have two
 rotations, not a rotation per pair. Cached keys stay rotated for their true positions and are turned on when they are read. A
-search scores all its keys as far ones (those in the window of a block's first queries too).
+search scores all its keys as far ones (those in the window of a block's first queries too). Layers with a sliding window of
+their own never meet far keys and stay as they are.
 """
 
 from __future__ import annotations
@@ -185,14 +186,14 @@ class GatheringPolicy(HipPolicy):
 
     def far_queries(self, layer: LayerView, query: Tensor, at: Tensor) -> Tensor:
         """Queries ``[…, n, d]`` at the rows `at` ``[n]`` as they meet keys beyond the window."""
-        if self.rotary is None:
+        if self.rotary is None or layer.window:
             return query
         window, group, at = self.method.window, self.method.self_extend, at + layer.kv.dropped
         return self.rotary.move(query, layer.index, at, at // group + window - window // group)
 
     def far_keys(self, layer: LayerView, key: Tensor, at: Tensor) -> Tensor:
         """Keys of the rows `at` as queries beyond the window meet them."""
-        if self.rotary is None:
+        if self.rotary is None or layer.window:
             return key
         if layer.kv.dropped:
             raise InputError("hip-attention: self_extend needs all rows: leave cache methods that drop rows out")
@@ -217,7 +218,7 @@ class GatheringPolicy(HipPolicy):
         m = self.method
         cast(Gathered, layer.state).follow(layer, length)
         if self.is_dense(layer, length):
-            if self.rotary is None or length <= m.window:
+            if self.rotary is None or length <= m.window or layer.window:
                 return layer.dense_decode(query, length)
             key, value = (x.to(query.device) for x in layer.rows(length))
             layer.count(length * len(key) * key.shape[1], length)
@@ -232,7 +233,7 @@ class GatheringPolicy(HipPolicy):
         else:
             key, value = (take(x, rows) for x in layer.rows(length))
         scores = (key @ query.float()[..., None])[..., 0]
-        if self.rotary is not None:
+        if self.rotary is not None and not layer.window:
             turned_query = self.far_queries(layer, query[:, :, None], torch.tensor([length - 1], device=query.device))
             beyond = (self.far_keys(layer, key, rows) @ turned_query.float().transpose(2, 3))[..., 0]
             scores = torch.where(rows > length - 1 - m.window, scores, beyond)

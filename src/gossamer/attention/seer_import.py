@@ -93,6 +93,7 @@ def import_gates(method: SeerAttention, path: str | Path, model: nn.Module) -> C
 def export_gates(calibration: Calibration, heads_of_group: int) -> dict[str, Tensor]:
     """The tensors of a calibration by their released names; `heads_of_group`: query heads of a KV head.
 
+    >>> import torch
     >>> made = Calibration("seerattention", "", {"decode.3.wq": torch.zeros(2, 3 * 8, 8)})
     >>> [(name, list(x.shape)) for name, x in export_gates(made, 3).items()]
     [('model.layers.3.self_attn.attn_gate.attngate_linear_q.weight', [2, 3, 8, 8])]
