@@ -33,6 +33,7 @@ TOKENS, LAYER, HEADS, BUDGET = 256, 13, (0, 4), 1 / 8
 SETTINGS: dict[str, dict[str, Any]] = {
     "a-shape": {"n_init": 8, "n_local": 24, "exact": True},
     "minference": {"pattern": "vertical-slash", "k_v": 10, "k_s": 10, "block_size": 8, "sinks": 4, "local": 8},
+    "minference-static": {"pattern": "vertical-slash", "k_v": 10, "k_s": 10, "block_size": 8, "sinks": 4, "local": 8},
     "seerattention": {"area": 1 / 4, "block_size": 16, "steps": 60},
     "sliding-window": {"window": 32},
     "zipvl": {"tau": 0.8, "cache": "none"},
@@ -87,7 +88,7 @@ def main() -> None:
         made = make(slug, **SETTINGS[slug]) if slug in SETTINGS else at_budget(slug, BUDGET, TOKENS, shape, 4)
         try:
             fixed = Entry(Recipe.of(made), slug)  # a pattern that is given needs no search for one
-            (entry,) = [fixed] if slug == "minference" else entries_of(loaded, [made])
+            (entry,) = [fixed] if slug.startswith("minference") else entries_of(loaded, [made])
             with entry.recipe.attach(loaded.model) as handle:
                 sparse = attention_map(loaded.model, handle, tokens, layer, prompt)
             sparse = torch.cat([dense[:, :prompt], sparse], 1)  # the prompt itself is read densely

@@ -274,8 +274,30 @@ def test_the_report_says_what_was_computed():
         report = handle.report()
     assert len(report["ratios"]) == 3
     assert report["prefill_ratio"] == pytest.approx(sum(report["ratios"]) / 3)
-    assert report["prefill_area"] == pytest.approx(sum(r * r for r in report["ratios"]) / 3 + 16 / 64)
+    kept = [round(64 * r) for r in report["ratios"]]
+    assert report["prefill_area"] == pytest.approx(sum(p * (p + 1) for p in kept) / 3 / (64 * 65))
+    assert report["prefill_area_of_heads"] == {
+        i: pytest.approx([p * (p + 1) / (64 * 65)] * 4) for i, p in enumerate(kept)
+    }
+    drawn = [
+        probe_positions(64, 8, 8, torch.Generator().manual_seed(i * 1_000_003 + 64)) + 1 for i in range(3)
+    ]  # a probe at position i scores i + 1 keys
+    assert report["probe_area"] == pytest.approx(sum(int(p.sum()) for p in drawn) / 3 / (64 * 65 / 2))
     assert "kv_bytes_held" not in report
+
+
+def test_padding_and_later_blocks_count_as_for_other_methods():
+    """As a share of all pairs of the call: padding is not computed, a block that follows cached rows is."""
+    mask = torch.ones(2, 64, dtype=torch.bool)
+    mask[1, :24] = False
+    stream = Stream()
+    with ZipVL(ratio=0.5, cache="none", probes=(8, 8)).attach(stream_model()) as handle:
+        stream.feed(handle, 48, mask=mask)
+        first = (24 * 25 + 12 * 13) / 2
+        assert handle.report()["prefill_area"] == pytest.approx(first / (48 * 49))
+        stream.feed(handle, 16, mask=mask)
+        later = 2 * (64 * 65 - 48 * 49) / 2
+        assert handle.report()["prefill_area"] == pytest.approx((first + later) / (64 * 65))
 
 
 def test_a_fixed_ratio_is_the_same_in_all_layers():
@@ -380,7 +402,7 @@ def test_layers_with_a_window_are_left_as_they_are():
         assert model(ids[:, :1], past_key_values=cache).logits.isfinite().all()
         assert any("window" in m for m in handle.runtime.said.values())
         assert handle.report()["ratios"] == [1.0, 1.0, 1.0, 0.5]
-        assert handle.report()["prefill_area"] == pytest.approx((3 + 0.25 + 16 / 40) / 4)
+        assert handle.report()["prefill_area"] == pytest.approx((3 + 20 * 21 / (40 * 41)) / 4)
     with ZipVL(ratio=0.5, probes=(8, 8), interval=4).attach(model):
         cache = model(ids, use_cache=True).past_key_values
         assert [len(layer.parts) for layer in cache.layers] == [0, 0, 0, 2]

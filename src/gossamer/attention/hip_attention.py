@@ -11,17 +11,19 @@ That is ``2N·log₂(B/N)`` scores a block, O(T log T) a prompt, and O(T·k) for
 Where the card is open: a query block starts at the first new query of a call, so chunks of a prompt should be multiples of
 b_q; all queries of a block vote, as published, so which keys an early query reads may hang on later tokens of its block
 (what it reads never does: each query attends only to j ≤ i); with left padding the keys of each sequence begin at its
-first real one; a budget that is no multiple of b_k is rounded up. Heads search alone (`topk_head_group_size` 1);
-offloading and SelfExtend positions are not part of this file.
+first real one; a budget that is no multiple of b_k is rounded up. With `topk_head_group_size` G > 1 the segments of G
+neighbouring heads compete, N·G for all of them. `hip_gather` has the offloaded cache and SelfExtend positions, `hip_heal` the
+healing by LoRA. Not built: the first arXiv version's bookkeeping (v1.0: a growing canvas of relative positions, with its
+SparQ-style scoring), which v1.1 replaced; and InfiniteHiP's chunk scans (v1.2), another system.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
 import torch
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor, nn
 
 from gossamer import ops
@@ -29,12 +31,12 @@ from gossamer.attention.base import AttentionMethod
 from gossamer.attention.streaming_llm import sinks_and_recent
 from gossamer.calibration import Calibration
 from gossamer.errors import InputError
-from gossamer.hf import DecodePolicy, LayerView, ModelShape, PrefillPolicy, SelectingPolicy
+from gossamer.hf import DecodePolicy, LayerView, ModelShape, PrefillPolicy, SelectingPolicy, model_shape
 from gossamer.hf.attention import dense_attention
 from gossamer.hf.cache import Derived
-from gossamer.ops.tree_search import reference, take
+from gossamer.ops.tree_search import Fetch, reference, take
 from gossamer.patterns import AreaMeter, Budget, causal_pairs, resolve
-from gossamer.patterns.hierarchy import Found, HipIndex, Layout, Representative, levels, vote
+from gossamer.patterns.hierarchy import Found, HipIndex, Layout, Representative, levels, search_together, vote
 from gossamer.registry import register
 
 _CHUNK = 1 << 21  # elements gathered at a time: 8 MB, which stay in the processor's cache
@@ -56,13 +58,16 @@ def search(
     causal: bool = True,
     jitter: int = 0,
     generator: torch.Generator | None = None,
+    head_group: int = 1,
+    fetch: Fetch | None = None,
 ) -> HipIndex:
     """Choose keys for `query` ``[batch, heads, new, d]``, the last `new` positions of `key` ``[batch, kv_heads, length, d]``.
 
-    `jitter` and `generator` are those of `gossamer.patterns.hierarchy.descend`.
+    `jitter` and `generator` are those of `gossamer.patterns.hierarchy.descend`, `head_group` is that of `search_together`
+    there (without jitter), and `fetch` brings the keys that are scored (see `gossamer.ops.tree_search.reference`).
 
     Raises:
-        InputError: shapes that do not fit, or settings below 1 (`sink` below 0).
+        InputError: shapes that do not fit, settings below 1 (`sink` below 0), or heads that `head_group` does not divide.
 
     >>> q = k = torch.eye(64)[None, None]
     >>> search(q, k, budget=8, block_q=16, window=16, sink=4).blocks.shape
@@ -79,8 +84,14 @@ def search(
     voters = torch.cat([query, filler], 2).unflatten(2, (count, block_q))[:, :, :, ::stride_q]
     first = begin[:, 0].to(torch.int32).expand(query.shape[0])
     ends = end[0].to(torch.int32)
-    if jitter:
-        found = reference(voters, key, first, ends, nodes, block_k, stride_k, representative, jitter, generator)
+    if head_group > 1:
+        if query.shape[1] % head_group or jitter or fetch:
+            raise InputError(
+                f"hip: {query.shape[1]} heads are no whole groups of {head_group} (groups have neither jitter nor fetch)"
+            )
+        found = search_together(voters, key, first, ends, nodes, head_group, block_k, stride_k, representative)
+    elif jitter or fetch:
+        found = reference(voters, key, first, ends, nodes, block_k, stride_k, representative, jitter, generator, fetch)
     else:
         found = ops.tree_search(
             voters, key, first, ends, nodes, block=block_k, step=stride_k, representative=representative
@@ -181,6 +192,10 @@ class Chosen(Derived):
     counts: Tensor | None = None
     bytes_read = 0
 
+    def forget(self) -> None:
+        """Nothing is chosen any more: the next step searches."""
+        self.ids = None
+
 
 class HipPolicy(SelectingPolicy, PrefillPolicy):
     """Searches blocks of a prompt, and every few decode steps; between them the choice stands and the window widens.
@@ -207,13 +222,13 @@ class HipPolicy(SelectingPolicy, PrefillPolicy):
     def budget(self, length: int) -> int:
         """Rows of a decode step at most: sinks, window, those that left it since the last search, chosen blocks."""
         m = self.method
-        return m.sink + m.window + m.refresh - 1 + m.nodes(length) * m.block_k * m.ensemble
+        return m.sink + m.window + m.refresh - 1 + m.nodes(length) * m.block_k * m.ensemble * m.head_group
 
     def score_bytes(self, layer: LayerView, length: int) -> int:
         """Keys of the representatives, in the steps that search."""
         return cast(Chosen, layer.state).bytes_read
 
-    def find(self, layer: LayerView, query: Tensor, key: Tensor, block_q: int) -> HipIndex:
+    def find(self, layer: LayerView, query: Tensor, key: Tensor, block_q: int, fetch: Fetch | None = None) -> HipIndex:
         """The keys of every query block, by `search` or by the vote of an ensemble of them."""
         m, length = self.method, key.shape[2]
         settings: dict[str, Any] = {
@@ -221,18 +236,23 @@ class HipPolicy(SelectingPolicy, PrefillPolicy):
             "budget": m.nodes(length) * m.block_k,
             "block_q": block_q,
             "starts": layer.starts,
+            "fetch": fetch,
         }
         if m.ensemble == 1:
-            return search(query, key, **settings)
+            return search(query, key, head_group=m.head_group, **settings)
         generator = torch.Generator().manual_seed((m.seed * 1_000_003 + layer.index) * 1_000_003 + length)
         members = [search(query, key, jitter=m.jitter, generator=generator, **settings) for _ in range(m.ensemble)]
         found = vote([Found(e.blocks, e.counts, e.evaluations) for e in members], m.votes)
         return HipIndex(members[0].layout, *found)
 
+    def seek(self, layer: LayerView, query: Tensor, key: Tensor) -> HipIndex:
+        """The keys of one decode query ``[batch, heads, 1, head_dim]``."""
+        return self.find(layer, query, key, 1)
+
     def prefill(self, layer: LayerView, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Dense where `is_dense` says so, otherwise search and attend; a decode choice made before is forgotten."""
         if isinstance(layer.state, Chosen):
-            layer.state.ids = None
+            layer.state.forget()
         size = {"batch": len(query), "new": query.shape[2], "length": key.shape[2]}
         if self.is_dense(layer, key.shape[2]):
             self.meter.add(layer.index, 1.0, heads=query.shape[1], **size)
@@ -249,7 +269,7 @@ class HipPolicy(SelectingPolicy, PrefillPolicy):
         stands = state.rows == state.made_at <= length and length // m.refresh == state.made_at // m.refresh
         if state.ids is None or not stands:
             key = layer.key_rows(0, length)
-            index = self.find(layer, query[:, :, None], key, 1)
+            index = self.seek(layer, query[:, :, None], key)
             rows, valid = index.rows()
             state.ids, state.counts = rows[:, :, 0].to(torch.int32), valid[:, :, 0].sum(2, dtype=torch.int32)
             state.made_at = state.rows = length
@@ -273,6 +293,9 @@ class HipAttention(AttentionMethod):
     ``k + window + sink`` rows a head. It pays once a context is several times that. The first layers do not score near keys
     alike: keep them dense, or search with an ensemble.
 
+    For contexts beyond memory: `offload`; beyond the trained length: `self_extend` with a `window` of its neighbourhood (1024
+    in the paper). `gossamer.attention.hip_heal.heal` trains adapters that make up for what is not read.
+
     Paper: A Training-free Sub-quadratic Cost Transformer Model Serving Framework with Hierarchically Pruned Attention,
     arXiv 2406.09827.
 
@@ -295,10 +318,31 @@ class HipAttention(AttentionMethod):
         (0, 1, 2), description="layers that read everything; negative counts from the end"
     )
     phases: Literal["both", "prefill", "decode"] = Field("both", description="which attention it takes over")
+    head_group: int = Field(
+        1, ge=1, description="G (topk_head_group_size), neighbouring query heads that share a budget of G·k"
+    )
+    self_extend: int = Field(
+        1, ge=1, description="group of SelfExtend: positions beyond the window count in so many; 1 is the model's own"
+    )
+    offload: Literal["none", "file", "host"] = Field(
+        "none", description="where all rows lie: near the model, in a memory-mapped file, or in pinned host memory"
+    )
+    offload_folder: str | None = Field(None, description="folder of the file (default: the system's temporary folder)")
+    bank: int = Field(4096, ge=1, description="offload: rows of a KV head that stay near, for scores and for attention")
     ensemble: int = Field(1, ge=1, le=64, description="n_e, searches with random splits that vote")
     votes: int = Field(1, ge=1, description="θ, votes that keep a block; 1 is the union")
     jitter: int = Field(5, ge=1, description="r_e, how far an ensemble's splits move, in blocks")
     seed: int = Field(0, ge=0, lt=1 << 20, description="of the ensemble's splits")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.head_group > 1 and (self.ensemble > 1 or self.self_extend > 1 or self.offload != "none"):
+            raise ValueError("head_group works alone: leave ensemble and self_extend at 1, and offload at none")
+        if self.self_extend > 1 and (self.phases != "both" or self.ensemble > 1):
+            raise ValueError("self_extend changes positions in both phases (phases=both), and has no ensemble")
+        if self.offload != "none" and (self.phases == "prefill" or self.ensemble > 1):
+            raise ValueError("offload is for decode (phases=decode or both), and has no ensemble")
+        return self
 
     @field_validator("votes")
     @classmethod
@@ -312,12 +356,27 @@ class HipAttention(AttentionMethod):
         return -(-resolve(self.tokens, length) // self.block_k)
 
     def decode_policy(self, model: nn.Module, calibration: Calibration | None) -> DecodePolicy | None:
-        """A policy for single queries, unless only prefill was asked for."""
-        return None if self.phases == "prefill" else HipPolicy(self)
+        """A policy for single queries, unless only prefill was asked for.
+
+        Raises:
+            InputError: heads that are no whole groups.
+            ModelError: `self_extend` on a model without rotary positions that can be moved.
+        """
+        return None if self.phases == "prefill" else self._policy(model, self.offload != "none")
 
     def prefill_policy(self, model: nn.Module, calibration: Calibration | None) -> PrefillPolicy | None:
-        """A policy for blocks of queries, unless only decode was asked for."""
-        return None if self.phases == "decode" else HipPolicy(self)
+        """A policy for blocks of queries, unless only decode was asked for; raises as `decode_policy`."""
+        return None if self.phases == "decode" else self._policy(model, False)
+
+    def _policy(self, model: nn.Module, far: bool) -> HipPolicy:
+        heads = model_shape(model).heads
+        if heads % self.head_group:
+            raise InputError(f"hip-attention: {heads} heads are no whole groups of {self.head_group}: set head_group")
+        if self.self_extend == 1 and not far:
+            return HipPolicy(self)
+        from gossamer.attention.hip_gather import GatheringPolicy  # it builds on this file
+
+        return GatheringPolicy(self, model, far)
 
     def with_rows(self, rows: int) -> HipAttention:
         """Half of the rows searched for; the window and the sinks share the other half, where their own sizes are larger."""

@@ -175,6 +175,10 @@ class MInference(AttentionMethod):
         """A policy with the patterns of this model's heads."""
         policy = MInferencePolicy(self.slug, self.layers(model, calibration), self.online(), self.area)
         if self.pattern == "searched" and calibration is None:
-            default = f"vertical-slash({self.k_v}, {self.k_s})"
-            policy.uncalibrated = f"minference is not calibrated: every head is {default}, within the context"
+            policy.uncalibrated = self.uncalibrated()
         return policy
+
+    def uncalibrated(self) -> str:
+        """What to say where heads have no pattern of their own."""
+        default = f"vertical-slash({self.k_v}, {self.k_s})"
+        return f"{self.slug} is not calibrated: every head is {default}, within the context"

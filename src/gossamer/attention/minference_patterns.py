@@ -140,15 +140,15 @@ def choose(vertical: Tensor, slash: Tensor, k_v: Tensor, k_s: Tensor) -> tuple[T
         k_v, k_s: int ``[heads]``, budgets of each head, at most `length`; k is the largest of them.
 
     A head with a smaller budget is filled up with the last column and distance 0, which cost nothing: distance 0 is among
-    the distances of every head, and the last column is in its own block.
+    the distances of every head, and the last column is in its own block. So are places whose score is ``-inf``.
     """
     length = vertical.shape[-1]
     found = []
     for scores, budget, filler in ((vertical, k_v, length - 1), (slash, k_s, 0)):
         budget = budget.to(scores.device)
-        ids = scores.topk(int(budget.max()), dim=-1).indices
-        over = torch.arange(ids.shape[-1], device=ids.device) >= budget[:, None]
-        found.append(ids.masked_fill(over, filler).to(torch.int32))
+        best = scores.topk(int(budget.max()), dim=-1)
+        over = torch.arange(best.indices.shape[-1], device=scores.device) >= budget[:, None]
+        found.append(best.indices.masked_fill(over | (best.values == -torch.inf), filler).to(torch.int32))
     return found[0].sort(-1).values, found[1].sort(-1, descending=True).values
 
 

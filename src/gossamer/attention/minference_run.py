@@ -294,10 +294,14 @@ class PatternPolicy(PrefillPolicy):
     ) -> tuple[Tensor, Tensor]:
         """The output and the area of each head."""
         starts, length = layer.starts, key.shape[2]
-        scores = estimate(query, key, heads.kind, self.online, layer.scale, starts)
+        scores = self.scores(layer, heads, query, key)
         if self.area is not None:
             heads = fit_area(scores, heads, self.online, length, self.area, starts)
         return attend(query, key, value, heads, scores, self.online, layer.scale, starts)
+
+    def scores(self, layer: LayerView, heads: Heads, query: Tensor, key: Tensor) -> Scores:
+        """What places the patterns of this prompt's heads."""
+        return estimate(query, key, heads.kind, self.online, layer.scale, layer.starts)
 
     def dense_because(self, layer: LayerView, heads: Heads | None, query: Tensor, key: Tensor) -> str | None:
         """Why this call reads everything, or None."""

@@ -5,7 +5,8 @@ For every query block of b tokens a small gate (`seer_gate`) scores the key bloc
     mask = top-k of G with k = ⌊(1 − √(1 − ρ))·n⌋,  or softmax(G) > τ;  ∧ causal;  the last query blocks keep everything
     out  = exact softmax attention over the kept blocks, causal by token
 
-Gates learn from the frozen model itself (`seer_distill`); `seer_decode` is the decode variant, SeerAttention-R.
+Gates learn from the frozen model itself (`seer_distill`), or come from a release (`seer_import`); `seer_decode` is the decode
+variant, SeerAttention-R.
 
 Decisions where the card leaves room:
 
@@ -20,6 +21,7 @@ Decisions where the card leaves room:
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
@@ -32,6 +34,7 @@ from gossamer.attention.base import AttentionMethod
 from gossamer.attention.seer_decode import SeerDecodePolicy
 from gossamer.attention.seer_distill import Progress, calibrate
 from gossamer.attention.seer_gate import SeerDecodeGate, SeerGate, load_gate, parse_gate
+from gossamer.attention.seer_import import import_gates
 from gossamer.calibration import Calibration
 from gossamer.errors import CalibrationError, InputError
 from gossamer.hf import LayerView, ModelShape, PrefillPolicy, dense_attention, model_shape
@@ -213,6 +216,10 @@ class SeerAttention(AttentionMethod):
             CalibrationError: activations or gates are not finite, or layers were never reached.
         """
         return calibrate(self, model, tokens, progress)
+
+    def import_calibration(self, path: str | Path, model: nn.Module) -> Calibration:
+        """Read gates of the official release (safetensors, or the folder that holds them); see `seer_import`."""
+        return import_gates(self, path, model)
 
     def policies(self, model: nn.Module, calibration: Calibration | None) -> dict[str, Any]:
         """Policies of the phases served, with this model's gates.

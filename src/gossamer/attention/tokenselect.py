@@ -21,7 +21,8 @@ Decisions where the paper or its release leaves room:
 * The Selection Cache compares queries as they are scored. It is forgotten by a new block of prefill, by a crop behind the
   miss, by dropped rows and by beam reordering, and when a fractional budget changes the three parts.
 * Max-pool with an even kernel reaches one row further ahead than behind; the release leaves its last candidate out.
-* The vote is not summed over tensor-parallel ranks: the plug points see one process.
+* Tensor-parallel ranks (`tensor_parallel`) hold some of the heads each: votes are summed over them before top-k, as published.
+  So are the parts of the Selection Cache's cosine, or one rank would hit where another misses.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from gossamer import ops
 from gossamer.attention.base import AttentionMethod
 from gossamer.attention.tokenselect_positions import PlainKeys, take_rows
 from gossamer.calibration import Calibration
+from gossamer.errors import InputError
 from gossamer.hf import LayerView, ModelShape, PrefillPolicy, SelectingPolicy
 from gossamer.hf.attention import dense_attention
 from gossamer.hf.rotary import Rotary, turn
@@ -152,6 +154,29 @@ class TokenSelectState(PlainKeys):
         self.rows = layer.kv.length
 
 
+def over_ranks(x: Tensor, parallel: bool) -> Tensor:
+    """The sum of `x` over the ranks of the default process group, in place; with `parallel` false, `x` itself.
+
+    >>> over_ranks(torch.ones(2), False).tolist()
+    [1.0, 1.0]
+    """
+    if parallel:
+        torch.distributed.all_reduce(x)
+    return x
+
+
+def likeness(query: Tensor, other: Tensor, parallel: bool = False) -> Tensor:
+    """Cosine ``[B]`` of queries ``[B, n]``, all heads concatenated: of all ranks' where `parallel`.
+
+    >>> likeness(torch.tensor([[3.0, 4.0]]), torch.tensor([[4.0, 3.0]])).tolist()
+    [0.9600000381469727]
+    """
+    if not parallel:
+        return F.cosine_similarity(query, other, dim=1).clamp(-1.0, 1.0)
+    parts = over_ranks(torch.stack([(x * y).sum(1) for x, y in ((query, other), (query, query), (other, other))]), True)
+    return (parts[0] / (parts[1] * parts[2]).sqrt().clamp_min(1e-8)).clamp(-1.0, 1.0)
+
+
 class TokenSelectPolicy(SelectingPolicy, PrefillPolicy):
     """Votes, remembers, and attends; one object serves both phases so that they share each layer's state.
 
@@ -191,7 +216,7 @@ class TokenSelectPolicy(SelectingPolicy, PrefillPolicy):
     def select(self, layer: LayerView, query: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """The same rows for every KV head."""
         ids, counts = self._rows(layer, query, length)
-        kv_heads = layer.runtime.shape.kv_heads
+        kv_heads = layer.kv.heads  # of this rank
         return ids[:, None].expand(-1, kv_heads, -1).contiguous(), counts[:, None].expand(-1, kv_heads).contiguous()
 
     def decode(self, layer: LayerView, query: Tensor, length: int) -> Tensor:
@@ -229,8 +254,8 @@ class TokenSelectPolicy(SelectingPolicy, PrefillPolicy):
         if state.parts != parts:
             state.forget()
         if state.query is not None and state.made is not None and self.method.theta <= 1:
-            likeness = F.cosine_similarity(flat, state.query, dim=1).clamp(-1.0, 1.0)
-            hit = asks & (state.made > 0) & (likeness >= self.method.theta)
+            alike = likeness(flat, state.query, self.method.tensor_parallel) >= self.method.theta
+            hit = asks & (state.made > 0) & alike
         miss = asks & ~hit
         self.lookups += int(asks.sum())
         self.hits += int(hit.sum())
@@ -262,7 +287,7 @@ class TokenSelectPolicy(SelectingPolicy, PrefillPolicy):
         else:
             logits = head_logits(query, key, self.method.gqa_map)
             votes = head_vote(logits if scale == 1.0 else logits * scale, self.method.vote, k, first)
-        votes = max_pool(votes, self.method.pool)
+        votes = max_pool(over_ranks(votes.contiguous(), self.method.tensor_parallel), self.method.pool)
         ids, _ = ops.select_topk(votes[:, None], k, starts=first)
         state.scored = key.numel() * key.element_size()
         return ids[:, 0] + n_init
@@ -377,6 +402,10 @@ class TokenSelect(AttentionMethod):
     positions: Literal["original", "packed"] = Field("original", description="positions at which rows are read")
     phases: Literal["both", "prefill", "decode"] = Field("both", description="which phases the method serves")
     dense_layers: tuple[int, ...] = Field((), description="layers that read everything; negative count from the end")
+    tensor_parallel: bool = Field(
+        False,
+        description="heads are shared out over torch.distributed's default process group: votes are summed over it",
+    )
 
     def parts(self, length: int) -> Parts:
         """n_init, k and n_local at this context length."""
@@ -390,8 +419,11 @@ class TokenSelect(AttentionMethod):
         """One object for the phases served, so that they share each layer's state.
 
         Raises:
+            InputError: `tensor_parallel` without a process group.
             ModelError: positions are to be packed, and the model has no rotary embedding that allows it.
         """
+        if self.tensor_parallel and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            raise InputError("tokenselect: tensor_parallel needs torch.distributed.init_process_group first")
         policy = TokenSelectPolicy(self, model)
         return {phase: policy for phase in ("decode", "prefill") if self.phases in ("both", phase)}
 

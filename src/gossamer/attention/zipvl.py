@@ -45,7 +45,7 @@ from gossamer.hf import (
 from gossamer.hf.mixed_precision import MixedPrecisionKV
 from gossamer.ops.attention_statistics import attention_columns, attention_row
 from gossamer.ops.quantized_kv import BITS, check_layout
-from gossamer.patterns import resolve
+from gossamer.patterns import AreaMeter, causal_pairs, resolve
 from gossamer.registry import register
 
 _SLACK = 1e-12  # of the total: sums of equal float32 scores are exact only up to rounding
@@ -194,9 +194,10 @@ class ZipPolicy(PrefillPolicy, CachePolicy, StoragePolicy):
     def __init__(self, method: ZipVL) -> None:
         self.method = method
         self.drops = method.cache == "evict"
-        #: Of the last prompt, by layer: p / n of each sequence, and the share of causal attention that was computed.
+        #: Of the last prompt, by layer: p / n of each sequence, and the probes' scores over the pairs of causal attention.
         self.ratios: dict[int, list[float]] = {}
-        self.areas: dict[int, float] = {}
+        self.probed: dict[int, float] = {}
+        self.meter = AreaMeter()
         self.held: dict[int, tuple[int, int, int]] = {}
 
     def open(self, layer: LayerView) -> Choice:
@@ -218,18 +219,20 @@ class ZipPolicy(PrefillPolicy, CachePolicy, StoragePolicy):
                 else "a block of tokens that follows cached ones"
             )
             layer.runtime.say_once(f"zipvl: {why} is read densely, and its rows are kept as they are")
+            size = {"batch": len(query), "new": query.shape[2], "length": key.shape[2]}
+            self.meter.add(layer.index, 1.0, heads=query.shape[1], **size)
             if layer.window:
-                self.ratios[layer.index], self.areas[layer.index] = [1.0], 1.0
+                self.ratios[layer.index], self.probed[layer.index] = [1.0], 0.0
             return dense_attention(query, key, value, layer.scale, starts=layer.starts, window=layer.window)
         return self._sparse(layer, state, query, key, value)
 
     @torch.no_grad()
     def _sparse(self, layer: LayerView, state: Choice, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        m, (batch, _, rows, _) = self.method, query.shape
+        m, (batch, heads, rows, _) = self.method, query.shape
         first = [0] * batch if layer.starts is None else layer.starts.clamp_max(rows - 1).tolist()
         out, chosen = torch.zeros_like(query), []
         scores = torch.full((batch, rows), -torch.inf, device=query.device)
-        ratios, areas = [], []
+        ratios, pairs, probed = [], 0, 0
         for b, start in enumerate(first):  # sequences differ in how many tokens they keep
             one, n = slice(b, b + 1), rows - start
             q, k, v = (x[one, :, start:] for x in (query, key, value))
@@ -243,9 +246,12 @@ class ZipPolicy(PrefillPolicy, CachePolicy, StoragePolicy):
             scores[b, start:] = normalised[0]
             chosen.append(ids + start)
             ratios.append(count / n)
-            areas.append((count / n) ** 2 + len(probes) / n)
+            pairs += causal_pairs(count)
+            probed += int((probes + 1).sum())
         state.ids, state.scores = chosen, scores
-        self.ratios[layer.index], self.areas[layer.index] = ratios, sum(areas) / batch
+        total = batch * causal_pairs(rows)
+        self.meter.add(layer.index, pairs / total, batch=batch, new=rows, length=rows, heads=heads)
+        self.ratios[layer.index], self.probed[layer.index] = ratios, probed / total
         return out
 
     @torch.no_grad()
@@ -280,16 +286,17 @@ class ZipPolicy(PrefillPolicy, CachePolicy, StoragePolicy):
     def report(self) -> dict[str, Any]:
         """Ratios of the last prompt by layer, their mean, the share of attention computed, and what the cache holds.
 
-        ``prefill_area`` is the mean over layers of ratio² (a triangle of p tokens in one of n) plus the probes' scores:
-        of the multiply-adds of causal attention, the share that was computed.
+        ``prefill_area`` and ``prefill_area_of_heads`` are those of every prefill method (`gossamer.patterns.AreaMeter`): a
+        triangle of p tokens in one of n. ``probe_area`` comes on top: the probes' scores of the last prompt, in the same unit.
         """
         if not self.ratios:
-            return {}
+            return self.meter.report()
         ratios = [sum(r) / len(r) for _, r in sorted(self.ratios.items())]
         facts: dict[str, Any] = {
             "ratios": ratios,
             "prefill_ratio": sum(ratios) / len(ratios),
-            "prefill_area": sum(self.areas.values()) / len(self.areas),
+            "probe_area": sum(self.probed.values()) / len(self.probed),
+            **self.meter.report(),
         }
         if self.held:
             rows, seen, size = (sum(column) for column in zip(*self.held.values(), strict=True))
@@ -306,8 +313,8 @@ class ZipVL(AttentionMethod):
     (SmolLM2, 768 tokens: 0.87 of them at 0.99, KL 0.10; at 0.96 a fixed `ratio` of the same mean does as well).
 
     Cost of a prompt of n tokens: ``m·n`` scores for the m probes and one sort of n numbers a layer, then attention over p
-    tokens, so ``(p/n)² + m/n`` of causal attention; below about a thousand tokens that is no gain. Decode reads the whole
-    cache, which ``"evict"`` cuts to the important tokens.
+    tokens: ``(p/n)²`` of causal attention, and up to ``2·m/n`` of its scores for the probes. Below about a thousand tokens
+    that is no gain. Decode reads the whole cache, which ``"evict"`` cuts to the important tokens.
 
     Takes the prefill phase, and the cache unless ``cache="none"``. A prompt counts as one where nothing was cached before:
     later blocks (turns, chunks after the first) are read densely, and layers with a sliding window too.

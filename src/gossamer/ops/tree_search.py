@@ -26,6 +26,8 @@ _CHUNK = 1 << 21  # elements that the reference gathers at a time: 8 MB, which s
 Representative = Literal["center", "first", "last"]
 #: Scores float ``[..., 2N]`` of halves that start at and hold ``[..., 2N]`` blocks; what is said of empty ones is not used.
 Score = Callable[[Tensor, Tensor], Tensor]
+#: Key rows float32 ``[batch, heads, …, d]`` by int64 ids ``[batch, heads, …]``.
+Fetch = Callable[[Tensor], Tensor]
 
 
 class Found(NamedTuple):
@@ -229,15 +231,20 @@ def reference(
     representative: str,
     jitter: int = 0,
     generator: torch.Generator | None = None,
+    fetch: Fetch | None = None,
 ) -> Found:
-    """The search in PyTorch, arguments as in :func:`tree_search`; with `jitter` splits move at random (see `descend`)."""
+    """The search in PyTorch, arguments as in :func:`tree_search`; with `jitter` splits move at random (see `descend`).
+
+    `fetch` brings the keys that are scored (default: `take` from `key`).
+    """
     length, (batch, heads, count) = key.shape[2], voters.shape[:3]
     if bool((begin < 0).any()) or bool((ends > length).any()):
         _checks.raise_status(_OP, 1)
     first, last = begin.long()[:, None], ends.long()[None]
     blocks = ((last - first).clamp_min(0) + block - 1) // block
     lines = blocks[:, None].expand(batch, heads, count)
-    offset = torch.arange(0, block, step, device=key.device)
+    offset = torch.arange(0, block, step, device=voters.device)
+    bring: Fetch = (lambda ids: take(key, ids)) if fetch is None else fetch
 
     def score(at: slice) -> Score:
         some, limit = voters[:, :, at].float(), last[:, None, at, None, None]
@@ -245,7 +252,7 @@ def reference(
         def best(segment: Tensor, size: Tensor) -> Tensor:
             speaker = representatives(segment, size, representative)
             ids = (first[..., None, None] + speaker * block)[..., None] + offset
-            keys = take(key, ids.clamp_max(length - 1).flatten(3))
+            keys = bring(ids.clamp_max(length - 1).flatten(3))
             highest: Tensor = (some @ keys.transpose(3, 4)).amax(3).unflatten(3, (-1, len(offset)))
             masked: Tensor = highest.masked_fill(ids >= limit, -math.inf)
             return masked.amax(4)

@@ -4,12 +4,23 @@ several searches. The search itself is `gossamer.ops.tree_search` (HiP, arXiv 24
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gossamer.ops.tree_search import Found, Representative, descend, initial_segments, levels, pack, representatives
+from gossamer.ops.tree_search import (
+    Found,
+    Representative,
+    descend,
+    halves,
+    initial_segments,
+    levels,
+    pack,
+    representatives,
+    take,
+)
 
 __all__ = [
     "Found",
@@ -21,6 +32,7 @@ __all__ = [
     "levels",
     "pack",
     "representatives",
+    "search_together",
     "vote",
 ]
 
@@ -42,6 +54,60 @@ def vote(members: list[Found], threshold: int = 1) -> Found:
         chosen[..., : 1 - threshold] &= ids[..., threshold - 1 :] == ids[..., : 1 - threshold]
         chosen[..., 1 - threshold :] = False
     return Found(*pack(ids, chosen), torch.stack([m.evaluations for m in members]).sum(0))
+
+
+def search_together(
+    voters: Tensor,
+    key: Tensor,
+    begin: Tensor,
+    ends: Tensor,
+    nodes: int,
+    group: int,
+    block: int = 1,
+    step: int = 1,
+    representative: Representative = "center",
+) -> Found:
+    """The tree search with pools of `group` neighbouring heads: of their ``2·N·G`` halves the best ``N·G`` go on.
+
+    A head whose scores are high keeps more blocks than one whose scores are low, ``N·G`` together; scores of different heads
+    are compared as they are. Arguments as in `gossamer.ops.tree_search`.
+
+    Returns:
+        `Found` with ``N·G`` slots a head, and of the scores taken each head's share.
+    """
+    (batch, heads, count, votes, dim), length = voters.shape, key.shape[2]
+    pools, first, last = heads // group, begin.long()[:, None], ends.long()[None]
+    blocks = ((last - first).clamp_min(0) + block - 1) // block
+    offset = torch.arange(0, block, step, device=key.device)
+    parts = []
+    chunk = max(1, _POOLED // max(1, batch * heads * 2 * nodes * group * len(offset) * (dim + votes)))
+    for at in (slice(i, i + chunk) for i in range(0, count, chunk)):
+        lines = blocks[:, None, at].expand(batch, pools, -1)
+        starts, sizes = (
+            x.repeat(1, 1, 1, group) for x in initial_segments(lines, nodes)
+        )  # every head begins with the same
+        owner = torch.arange(group, device=key.device).repeat_interleave(nodes).expand_as(starts)
+        some, limit = voters[:, :, at].float(), last[:, None, at, None, None]
+        depth = levels(lines, nodes)
+        for level in range(int(depth.max()) if depth.numel() else 0):
+            starts, sizes = halves(starts, sizes)
+            owner = torch.cat([owner, owner], -1)
+            speaker = representatives(starts, sizes, representative)
+            ids = (first[..., None, None] + speaker * block)[..., None] + offset
+            every = ids.clamp_max(length - 1).flatten(3).repeat_interleave(group, 1)
+            highest = (some @ take(key, every).transpose(3, 4)).amax(3).unflatten(3, (-1, len(offset)))
+            scored = highest.unflatten(1, (pools, group)).masked_fill((ids >= limit)[:, :, None], -math.inf).amax(5)
+            mine = scored.gather(2, owner[:, :, None])[:, :, 0].masked_fill(sizes < 1, -math.inf)
+            # A finished line keeps what it has: it has no more than N blocks a head.
+            best = mine.masked_fill((level >= depth)[..., None] & (sizes > 0), math.inf).topk(nodes * group).indices
+            starts, sizes, owner = (x.gather(-1, best) for x in (starts, sizes, owner))
+        one = [pack(starts, (sizes > 0) & (owner == g)) for g in range(group)]
+        found = [torch.stack(x, 2).flatten(1, 2) for x in zip(*one, strict=True)]
+        parts.append(Found(found[0], found[1], (2 * nodes * depth).repeat_interleave(group, 1)))
+    return Found(*(torch.cat(x, 2) for x in zip(*parts, strict=True)))
+
+
+_POOLED = 1 << 23  # elements held at a time by `search_together`
 
 
 @dataclass(frozen=True)

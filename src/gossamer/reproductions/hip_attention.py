@@ -96,7 +96,7 @@ class _Variant(HipPolicy):
         self.kind: Kind = kind
         self.settings = settings
 
-    def find(self, layer: LayerView, query: Tensor, key: Tensor, block_q: int) -> HipIndex:
+    def find(self, layer: LayerView, query: Tensor, key: Tensor, block_q: int, fetch: Any = None) -> HipIndex:
         """By this variant's way."""
         return choose(self.kind, query, key, SEED * 1000 + layer.index, self.settings)
 

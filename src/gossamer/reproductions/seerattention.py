@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from gossamer import ops
 from gossamer.attention import seer_distill as distill
-from gossamer.attention.seer_gate import block_pools, choose_blocks, visible_blocks
+from gossamer.attention.seer_decode import SeerDecodePolicy
+from gossamer.attention.seer_gate import block_pools, choose_blocks, pooled_keys, visible_blocks
 from gossamer.attention.seerattention import SeerAttention, SeerPolicy
 from gossamer.calibration import Calibration
 from gossamer.data import split, text, token_blocks
-from gossamer.hf import AttentionRuntime, LayerView, dense_attention, model_shape
+from gossamer.hf import AttentionRuntime, LayerView, PrefillPolicy, dense_attention, model_shape
 from gossamer.models import fingerprint, load
 from gossamer.reproductions.base import Outcome, Progress, Reproduction
 
@@ -30,6 +31,8 @@ LENGTH, BLOCK, TRAINED_ON, TEXTS, SEED = 1024, 32, 20, 3, 0
 METHOD = SeerAttention(block_size=BLOCK, last_block_dense=0, steps=150, batch=4, lr=1e-3, warmup=20, seed=SEED)
 AREAS = (0.5, 0.3, 0.2)
 MSE_LAYERS = (4, 9, 14)
+#: Blocks that a decode step reads, of up to 32: an eighth and a quarter of the context.
+STEP_BLOCKS = (4, 8)
 #: Recall at 0.3 over mean-pooled scores (absolute) and of the oracle's (times); perplexity at 0.3 of the mean-pooled (times) and
 #: of the window's (times), at 0.5 of dense (times).
 THRESHOLDS = {"over_mean": 0.15, "of_oracle": 0.95, "ppl_of_mean": 0.7, "ppl_of_window": 1.03, "ppl_of_dense": 1.10}
@@ -100,7 +103,7 @@ def block_mass(query: Tensor, key: Tensor, scale: float) -> Tensor:
     return torch.stack(parts, 1)
 
 
-def _loss(model: Any, ids: Tensor, policy: SeerPolicy | None, tail: int) -> float:
+def _loss(model: Any, ids: Tensor, policy: PrefillPolicy | None, tail: int) -> float:
     runtime = AttentionRuntime(model, prefill=policy)
     try:
         with torch.no_grad():
@@ -138,6 +141,49 @@ def target_recall(gate: Any, samples: distill.Samples, wide: Any, layer: int) ->
         mask = choose_blocks(scores, visible, area=0.3)
     half = mask.shape[2] // 2
     return float((torch.cat(samples.target).float() * mask)[:, :, half:].sum(-1).mean())
+
+
+class _DecodeProbe(PrefillPolicy):
+    """Attends densely; notes the mass of the second half's rows in the blocks that a decode step would read."""
+
+    def __init__(self, policy: SeerDecodePolicy) -> None:
+        self.policy = policy
+        self.recall: dict[tuple[str, int], list[float]] = {}
+
+    def prefill(self, layer: LayerView, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Dense, with notes."""
+        p, length, kv_heads = self.policy, query.shape[2], key.shape[1]
+        at, blocks = torch.arange(length // 2, length), torch.arange(length // BLOCK)
+        own, gate, late = at[:, None] // BLOCK, p.gates[layer.index], query[:, :, length // 2 :]
+        pooled = pooled_keys(layer, key, 0, length, BLOCK, gate.k_pools, p.rotary)
+        plain = p.rotary.plain(late.float(), layer.index, at)
+        window = torch.where(blocks == 0, 1.0, 0.0) + blocks / (2 * len(blocks))
+        ways = {
+            "gate": gate(plain, pooled, p.wide, layer.index, BLOCK, at),
+            "oracle": distill.decode_ground_truth(late, key, BLOCK, None, layer.scale),
+            "window": window.expand(len(query), kv_heads, len(at), -1),
+        }
+        weights = late.float().unflatten(1, (kv_heads, -1)) @ key.float().transpose(2, 3)[:, :, None] * layer.scale
+        weights = weights.masked_fill(torch.arange(length) > at[:, None], -math.inf).softmax(-1)
+        mass = weights.unflatten(4, (-1, BLOCK)).sum(5)
+        for name, scores in ways.items():
+            ranked = scores.masked_fill(blocks >= own, -math.inf)
+            for count in STEP_BLOCKS:
+                keep = (blocks == own).expand_as(ranked).clone()
+                keep.scatter_(3, ranked.topk(count - 1, dim=3).indices, True)
+                kept = float((mass * keep[:, :, None]).sum(-1).mean())
+                self.recall.setdefault((name, count), []).append(kept)
+        return dense_attention(query, key, value, layer.scale)
+
+
+def decode_recall(model: nn.Module, train: Tensor, test: Tensor, progress: Progress) -> dict[str, float]:
+    """Mass kept by decode gates trained on `train`, by the true best blocks, and by the first and nearest ones."""
+    method = METHOD.model_copy(update={"phases": "decode"})
+    policy = cast(SeerDecodePolicy, method.policies(model, distill.calibrate(method, model, train, progress))["decode"])
+    probe = _DecodeProbe(policy)
+    for ids in test:
+        _loss(model, ids, probe, LENGTH // 2)
+    return {f"{name} {count}": sum(values) / len(values) for (name, count), values in probe.recall.items()}
 
 
 def _experiment(progress: Progress) -> Outcome:
@@ -180,11 +226,18 @@ def _experiment(progress: Progress) -> Outcome:
         progress(f"repeated passage: {kind}", total - 5 + offset, total)
         policy = None if kind == "dense" else ways[cast(Kind, kind), 0.3]
         echo[kind] = math.exp(_loss(model, repeated, policy, LENGTH // 4 - 1))
-    return _outcome(recall, loss, echo, of_targets, history)
+    del collector, ways, trained, blank
+    steps = decode_recall(model, train, test, progress)
+    return _outcome(recall, loss, echo, of_targets, history, steps)
 
 
 def _outcome(
-    recall: Any, loss: Any, echo: dict[str, float], of_targets: Any, history: dict[str, list[float]]
+    recall: Any,
+    loss: Any,
+    echo: dict[str, float],
+    of_targets: Any,
+    history: dict[str, list[float]],
+    steps: dict[str, float],
 ) -> Outcome:
     kept = {way: sum(values) / len(values) for way, values in recall.items()}
     ppl = {way: math.exp(sum(values) / len(values)) for way, values in loss.items()}
@@ -203,7 +256,9 @@ def _outcome(
         f"untrained {kept['untrained', 0.3]:.3f}; perplexity dense {ppl['dense', 1.0]:.2f}, gate {ppl['gate', 0.3]:.2f}, oracle "
         f"{ppl['oracle', 0.3]:.2f}, window {ppl['window', 0.3]:.2f}, mean-pooled {ppl['mean', 0.3]:.1f}; at 0.5: gate "
         f"{ppl['gate', 0.5]:.2f}, window {ppl['window', 0.5]:.2f}; repeated passage at 0.3: dense {echo['dense']:.2f}, gate "
-        f"{echo['gate']:.2f}, window {echo['window']:.2f}"
+        f"{echo['gate']:.2f}, window {echo['window']:.2f}; decode steps of {STEP_BLOCKS[0]} blocks: attention mass gate "
+        f"{steps[f'gate {STEP_BLOCKS[0]}']:.3f}, oracle {steps[f'oracle {STEP_BLOCKS[0]}']:.3f}, window "
+        f"{steps[f'window {STEP_BLOCKS[0]}']:.3f}"
     )
     return Outcome(
         verdict="reproduced" if not failed else "direction only" if direction else "not reproduced",
@@ -216,6 +271,7 @@ def _outcome(
             "repeated_passage_perplexity": echo,
             "target_recall_of_layers": of_targets,
             "training_loss": {name: [values[0], values[-1]] for name, values in history.items()},
+            "decode_recall": steps,
             "checks": checks,
         },
         explanation=f"failed: {', '.join(failed)}" if failed else "",
