@@ -52,6 +52,8 @@ def test_nodes_see_the_cache_their_ancestors_and_themselves(isa, dtype, name, ba
             got = ops.tree_attention(query, key, value, tree.mask, scale=0.3)
         assert got.dtype is dtype
         torch.testing.assert_close(got.double(), wanted, atol=tolerance, rtol=tolerance)
+    prepared = ops.PreparedAttention(key, value).tree(query, past + tree.size, tree.mask, scale=0.3)
+    torch.testing.assert_close(prepared.double(), wanted, atol=tolerance, rtol=tolerance)
 
 
 def test_bad_input_and_the_operator_check():
@@ -65,3 +67,7 @@ def test_bad_input_and_the_operator_check():
     ):
         with pytest.raises(InputError, match="tree_attention"):
             bad()
+    prepared = ops.PreparedAttention(key, key)
+    for mask_, length in ((mask[:2], 7), (mask.float(), 7), (mask, 2)):
+        with pytest.raises(InputError, match="tree_attention"):
+            prepared.tree(query, length, mask_, scale=1.0)

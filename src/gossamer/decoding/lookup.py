@@ -7,7 +7,7 @@ from torch import nn
 
 from gossamer.calibration import Calibration
 from gossamer.decoding.base import Context, Draft, Drafter, DraftingMethod, Target, Verdict
-from gossamer.decoding.sizing import Sizer
+from gossamer.decoding.sizing import Candidates, Sizer
 from gossamer.patterns import Tree
 from gossamer.patterns.trees import Path
 from gossamer.registry import register
@@ -60,8 +60,8 @@ class LookupDrafter(Drafter):
             tokens.append(run[len(path) - 1] if len(path) <= len(run) and not any(path[1:]) else -1)
         return tokens
 
-    def plan(self, context: Context, sizer: Sizer) -> Draft:
-        """As `Drafter`: as much of the continuations as pays."""
+    def candidates(self, context: Context, sizer: Sizer) -> Candidates:
+        """The continuations, each token with its chance."""
         self._extend(context.ids[len(self.text) :].tolist())
         matches = self.matches()
         chances = [
@@ -70,14 +70,20 @@ class LookupDrafter(Drafter):
         ]
         first = sorted(((run[0], chances[rank][0]) for rank, (_, run) in enumerate(matches)), key=lambda pair: -pair[1])
 
-        def candidates(path: Path) -> list[tuple[int, float]]:
+        def behind(path: Path) -> list[tuple[int, float]]:
             if not path:
                 return first
-            rank = next(rank for rank, (_, run) in enumerate(matches) if run[0] == path[0])
-            run, at = matches[rank][1], len(path)
-            return [(run[at], chances[rank][at])] if at < len(run) else []
+            at = len(path)
+            for (_, run), known in zip(matches, chances, strict=True):
+                if tuple(run[:at]) == path and at < len(run):
+                    return [(run[at], known[at])]
+            return []
 
-        growth = sizer.grow(candidates, min(self.depth, context.room - 1))
+        return behind
+
+    def plan(self, context: Context, sizer: Sizer) -> Draft:
+        """As `Drafter`: as much of the continuations as pays."""
+        growth = sizer.grow(self.candidates(context, sizer), min(self.depth, context.room - 1))
         return Draft(growth.tree, [self.text[-1], *growth.labels])
 
     def learn(self, target: Target, verdict: Verdict, sizer: Sizer) -> None:

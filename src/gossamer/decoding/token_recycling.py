@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from gossamer import ops
 from gossamer.calibration import Calibration
 from gossamer.decoding.base import Context, Draft, Drafter, DraftingMethod, Target, Verdict
+from gossamer.decoding.lookup import LookupDrafter
 from gossamer.decoding.sizing import Sizer
 from gossamer.errors import CalibrationError, InputError, ModelError
 from gossamer.models import fingerprint
@@ -88,20 +89,28 @@ class TokenRecycler(Drafter):
 
     #: Probabilities fall into so many classes; a row that was right more often in a row than `STREAK` counts as that.
     CLASSES, STREAK = 10, 3
+    #: Share of its probability that a successor is believed to have in another context, before that was counted.
+    DOUBT = 0.5
 
     def __init__(
-        self, vocabulary: int, k: int, depth: int, template: Tree | None, watches_prompt: bool = False
+        self, vocabulary: int, k: int, depth: int, template: Tree | None, watches_prompt: bool = False, lookup: bool = False
     ) -> None:
         self.successors = torch.zeros(vocabulary, k, dtype=torch.int32)
         self.chances = torch.zeros(vocabulary, k)
         self.seen = torch.zeros(vocabulary, dtype=torch.bool)
         self.streaks: dict[int, int] = {}  # of the rows whose first successor was right the last time
         self.template, self.watches_prompt, self.deepest = template, watches_prompt, depth
+        self.lookup = LookupDrafter(3, 1, depth, 2) if lookup and template is None else None
 
     @property
     def sized(self) -> bool:
         """Without a template."""
         return self.template is None
+
+    def begin(self, context: Context) -> None:
+        """The table lives on; what was said before is looked up in this text alone."""
+        if self.lookup is not None:
+            self.lookup.begin(context)
 
     def fill(self, context: Context, tree: Tree) -> list[int]:
         """One gather a depth."""
@@ -121,10 +130,16 @@ class TokenRecycler(Drafter):
     def plan(self, context: Context, sizer: Sizer) -> Draft:
         """As `Drafter`: a walk over rows from the last token on."""
         root = int(context.ids[-1])
+        repeated = self.lookup.candidates(context, sizer) if self.lookup is not None else None
 
         def candidates(path: Path) -> list[tuple[int, float]]:
-            parent = path[-1] if path else root
-            return [(token, sizer.confidence.chance(kind, guess)) for token, guess, kind in self.row(parent)]
+            found = {
+                token: sizer.confidence.chance(kind, guess)
+                for token, guess, kind in self.row(path[-1] if path else root)
+            }
+            for token, chance in repeated(path) if repeated is not None else ():
+                found[token] = max(chance, found.get(token, 0.0))
+            return sorted(found.items(), key=lambda pair: -pair[1])
 
         growth = sizer.grow(candidates, min(self.deepest, context.room - 1))
         return Draft(growth.tree, [root, *growth.labels])
@@ -134,11 +149,13 @@ class TokenRecycler(Drafter):
         if not self.seen[token]:
             return []
         streak, guesses = self.streaks.get(token, 0), self.chances[token].tolist()
-        kinds = [(min(rank, 2), int(guess * self.CLASSES), streak) for rank, guess in enumerate(guesses)]
-        return list(zip(self.successors[token].tolist(), guesses, kinds, strict=True))
+        kinds = [("row", min(rank, 2), int(guess * self.CLASSES), streak) for rank, guess in enumerate(guesses)]
+        return list(zip(self.successors[token].tolist(), [self.DOUBT * guess for guess in guesses], kinds, strict=True))
 
     def learn(self, target: Target, verdict: Verdict, sizer: Sizer) -> None:
         """Whether the rows of the tokens that became text named what came behind them."""
+        if self.lookup is not None:
+            self.lookup.learn(target, verdict, sizer)
         tokens = [*(target.draft.tokens[node] for node in verdict.path), verdict.token]
         for parent, truth in pairwise(tokens):
             row = self.row(parent)
@@ -191,6 +208,9 @@ class TokenRecycling(DraftingMethod):
         "auto", description="auto: the tree that pays best here; 2.2.2: the paper's 80 nodes (needs k = 8 or more)"
     )
     depth: int = Field(8, ge=1, le=16, description="deepest candidate, with template=auto")
+    lookup: bool = Field(
+        True, description="with template=auto: draft too what followed the last tokens where they stood before in the text"
+    )
     update_from_prefill: bool = Field(False, description="let prompts write the table too")
 
     def calibrate(self, model: nn.Module, tokens: Tensor) -> Calibration:
@@ -221,7 +241,7 @@ class TokenRecycling(DraftingMethod):
         if self.template == "2.2.2" and self.k < 8:
             raise InputError(f"{self.slug}: the template 2.2.2 needs 8 successors of each token, k is {self.k}")
         template = released_template() if self.template == "2.2.2" else None
-        made = TokenRecycler(head.weight.shape[0], self.k, self.depth, template, self.update_from_prefill)
+        made = TokenRecycler(head.weight.shape[0], self.k, self.depth, template, self.update_from_prefill, self.lookup)
         if calibration is not None:
             calibration = self.require(calibration)
             calibration.check(fingerprint(model))
