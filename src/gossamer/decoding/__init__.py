@@ -16,6 +16,7 @@ from gossamer.decoding.base import (
 )
 from gossamer.decoding.cost import ForwardCost, cost_of
 from gossamer.decoding.eagle import Eagle
+from gossamer.decoding.early_exit import EarlyExit
 from gossamer.decoding.engine import DecodingStats, Engine
 from gossamer.decoding.guidance import Guidance
 from gossamer.decoding.lantern import RelaxedAcceptance
@@ -46,6 +47,7 @@ __all__ = [
     "Drafter",
     "DraftingMethod",
     "Eagle",
+    "EarlyExit",
     "Engine",
     "ForwardCost",
     "Guidance",
