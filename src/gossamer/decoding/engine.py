@@ -158,6 +158,7 @@ class Engine:
             if self.cost is None:
                 self.cost = cost_of(self.model)
             self.sizer = Sizer(self.cost)
+        self.sizer.begin()
         return self.sizer
 
     def _decode(
@@ -258,7 +259,9 @@ def _pruned(draft: Draft) -> Draft:
 def accept(cache: Any, start: int, nodes: tuple[int, ...]) -> None:
     """Keep of a draft's rows, which begin at `start`, those of these nodes; in place."""
     if nodes == tuple(range(len(nodes))):
-        cache.crop(start + len(nodes) - cache.get_seq_length())
+        surplus = cache.get_seq_length() - start - len(nodes)
+        if surplus:
+            cache.crop(-surplus)
         return
     ids = torch.tensor(nodes)
     for layer in cache.layers:

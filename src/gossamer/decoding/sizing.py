@@ -141,9 +141,9 @@ class Sizer:
     """
 
     #: Tokens that a draft must promise beyond its cost; weight of an old step against a new one.
-    MARGIN, MEMORY = 0.03, 0.95
+    MARGIN, MEMORY = 0.08, 0.95
     #: Drafts after which they are judged; steps of the first and of the longest rest.
-    JUDGED, REST, LONGEST = 8, 32, 512
+    JUDGED, REST, LONGEST = 6, 32, 512
     EVERY = 8  # steps between two choices of a tree by ranks
 
     def __init__(self, cost: ForwardCost) -> None:
@@ -158,6 +158,11 @@ class Sizer:
         self._idle, self._probe = 0, 4
         self._steps, self._by_rank = 0, Tree.chain(0)
 
+    def begin(self) -> None:
+        """A new text may be of another kind: what drafts paid is judged anew."""
+        self._resting, self._rest = 0, self.REST
+        self._drafts, self._won, self._paid = 0, 0.0, 0.0
+
     def rests(self) -> bool:
         """Whether this step is to be plain because drafts did not pay of late."""
         if self._resting:
@@ -171,9 +176,7 @@ class Sizer:
 
     def grow(self, candidates: Candidates, depth: int, *, least: int = 0) -> Growth:
         """The tree of this step, of one node where none pays."""
-        return grow(
-            candidates, self.step_cost, depth=depth, rate=self.rate, margin=self.MARGIN, least=least
-        )
+        return grow(candidates, self.step_cost, depth=depth, rate=self.rate, margin=self.MARGIN, least=least)
 
     def by_rank(self, ranks: int, depth: int) -> Tree:
         """The tree of this step for a drafter that can fill any, by how often the candidate of each depth and rank was right.

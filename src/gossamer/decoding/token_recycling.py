@@ -12,7 +12,7 @@ Decisions where the card leaves room:
 * Of several nodes with one token the last in breadth-first order writes the row.
 * Rows that were never written hold id 0 in the paper's template (`template="2.2.2"`), as released. With `template="auto"` they
   propose nothing, and the tree is made anew in each step (`sizing`). How likely a successor is, is counted by the probability
-  that it had when the row was written and by how often in a row the row's first one was right; every token of the text
+  that it had among its row when that was written and by how often in a row the row's first one was right; every token of the text
   teaches that, drafted or not.
 * Prompts do not write the table (as released); `update_from_prefill` lets them, at the price of all their logits.
 * Sampling draws each visited node's token from the model's own law (the engine's rule `Match`), which is exact; the released
@@ -83,7 +83,7 @@ class TokenRecycler(Drafter):
 
     Attributes:
         successors: int32 ``[V, k]``.
-        chances: float32 ``[V, k]``: their probabilities when they were written.
+        chances: float32 ``[V, k]``: their probabilities among one another when they were written.
         seen: bool ``[V]``: rows that were written.
     """
 
@@ -93,7 +93,13 @@ class TokenRecycler(Drafter):
     DOUBT = 0.5
 
     def __init__(
-        self, vocabulary: int, k: int, depth: int, template: Tree | None, watches_prompt: bool = False, lookup: bool = False
+        self,
+        vocabulary: int,
+        k: int,
+        depth: int,
+        template: Tree | None,
+        watches_prompt: bool = False,
+        lookup: bool = False,
     ) -> None:
         self.successors = torch.zeros(vocabulary, k, dtype=torch.int32)
         self.chances = torch.zeros(vocabulary, k)
@@ -184,7 +190,7 @@ class TokenRecycler(Drafter):
         nodes, rows = torch.tensor(list(last.values())), torch.tensor(list(last))
         chosen = logits if len(last) == len(logits) else logits[nodes.to(logits.device)]
         best = top_successors(chosen, self.successors.shape[1])
-        chances = (chosen.gather(1, best) - chosen.logsumexp(-1, keepdim=True)).exp()
+        chances = chosen.gather(1, best).softmax(-1)  # of all V would take longer than finding the best
         self.successors[rows], self.chances[rows] = best.to("cpu", torch.int32), chances.to("cpu", torch.float32)
         self.seen[rows] = True
 
@@ -209,7 +215,8 @@ class TokenRecycling(DraftingMethod):
     )
     depth: int = Field(8, ge=1, le=16, description="deepest candidate, with template=auto")
     lookup: bool = Field(
-        True, description="with template=auto: draft too what followed the last tokens where they stood before in the text"
+        True,
+        description="with template=auto: draft too what followed the last tokens where they stood before in the text",
     )
     update_from_prefill: bool = Field(False, description="let prompts write the table too")
 
