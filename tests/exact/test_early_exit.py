@@ -57,8 +57,7 @@ def test_the_layers_come_back_after_an_error():
     model = tiny_model("gpt2")
     before = model.transformer.h
     with pytest.raises(KeyError), first_layers(model, 1):
-        assert len(model.transformer.h) == 1
-        raise KeyError
+        {}[len(model.transformer.h)]
     assert model.transformer.h is before
 
 

@@ -14,8 +14,10 @@ a drafter whose drafts took more time than they gave is let rest, longer each ti
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from gossamer.decoding.cost import ForwardCost
 from gossamer.patterns import Tree
@@ -142,6 +144,8 @@ class Sizer:
 
     #: Tokens that a draft must promise beyond its cost; weight of an old step against a new one.
     MARGIN, MEMORY = 0.08, 0.95
+    #: Steps whose times are remembered.
+    LATELY = 15
     #: Drafts after which they are judged; steps of the first and of the longest rest.
     JUDGED, REST, LONGEST = 6, 32, 512
     EVERY = 8  # steps between two choices of a tree by ranks
@@ -151,8 +155,8 @@ class Sizer:
         self.confidence = Confidence()
         self.rate = self.surcharge = 1.0
         self._tokens = self._spent = 1.0  # of all steps
-        #: Seconds of a plain step and of a drafted one, each over what its forward should cost.
-        self._seconds: dict[bool, float] = {}
+        #: Of the last plain steps and drafted ones, seconds over what their forward should cost.
+        self._seconds: dict[bool, deque[float]] = {kind: deque(maxlen=self.LATELY) for kind in (False, True)}
         self._drafts, self._won, self._paid = 0, 0.0, 0.0
         self._resting, self._rest = 0, self.REST
         self._idle, self._probe = 0, 4
@@ -215,13 +219,10 @@ class Sizer:
     def record(self, nodes: int, tokens: int, seconds: float) -> None:
         """What a step carried and yielded, and how long all of it took, drafting included."""
         drafted, old = nodes > 1, self.MEMORY
-        each = seconds / self.cost.ratio(nodes)
-        before = self._seconds.get(drafted, each)
-        each = min(each, 3 * before)  # something else took the machine for a while
-        self._seconds[drafted] = old * before + (1 - old) * each
-        plain = self._seconds.get(False, self.cost.seconds[0])
-        if drafted:
-            self.surcharge = min(2.0, max(0.8, self._seconds[True] / plain))
+        self._seconds[drafted].append(seconds / self.cost.ratio(nodes))
+        plain = median(self._seconds[False] or self.cost.seconds[:1])
+        if drafted and self._seconds[False]:
+            self.surcharge = min(2.0, max(0.8, median(self._seconds[True]) / plain))
         self._tokens = old * self._tokens + (1 - old) * tokens
         self._spent = old * self._spent + (1 - old) * self.step_cost(nodes)
         self.rate = max(1.0, self._tokens / self._spent)
@@ -229,7 +230,7 @@ class Sizer:
             return
         self._drafts += 1
         self._won = old * self._won + tokens
-        self._paid = old * self._paid + min(seconds / plain, 3 * self.step_cost(nodes))
+        self._paid = old * self._paid + min(seconds / plain, 1.5 * self.step_cost(nodes))  # a step may be disturbed
         if self._drafts < self.JUDGED:
             return
         if self._won < self._paid:

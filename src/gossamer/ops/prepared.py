@@ -21,7 +21,6 @@ from gossamer.ops.attention_weights import attention_weights
 from gossamer.ops.decode_attention import decode_attention
 from gossamer.ops.label_attention import Selection, label_attention
 from gossamer.ops.labels import REDUCE_CODES, LabelCache, Reduce, _native_cache, append_labels, native_takes
-from gossamer.ops.tree_attention import MAX_NODES, tree_attention
 from gossamer.ops.quantized_kv import (
     NativeRows,
     QuantizedRows,
@@ -29,6 +28,7 @@ from gossamer.ops.quantized_kv import (
     quantized_decode_attention,
     row_bytes,
 )
+from gossamer.ops.tree_attention import MAX_NODES, tree_attention
 
 
 class Prepared(ABC):
