@@ -7,13 +7,13 @@ import torch
 
 from gossamer import ops
 from gossamer.errors import InputError
-from gossamer.patterns import Tree, best_tree
+from gossamer.patterns import Tree
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 TREES = {
     "chain": Tree.chain(5),
     "chains": Tree.of_chains(3, 2),
-    "tree": best_tree([[0.5, 0.3, 0.1]] * 4, 37),
+    "tree": Tree(tuple((node - 1) // 3 if node else -1 for node in range(38)), (0,) * 38),
     "two": Tree.chain(1),
 }
 

@@ -1,6 +1,7 @@
 """The draft–verify engine: with any drafter, what plain decoding would have said."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -272,3 +273,21 @@ def test_a_tree_grows_by_what_time_is_worth():
     assert grow(candidates, lambda nodes: 0.9 + nodes, depth=4).tree.size == 1
     assert grow(candidates, lambda nodes: 0.9 + nodes, depth=4, least=2).labels == [7, 7]
     assert grow(lambda path: [], lambda nodes: 1.0, depth=4).tree.size == 1
+
+
+def test_the_grown_tree_holds_the_likeliest_paths():
+    chances = [[0.6, 0.3, 0.05], [0.5, 0.2], [0.4]]
+    every = [path for depth in (1, 2, 3) for path in itertools.product(*(range(len(row)) for row in chances[:depth]))]
+
+    def value(path):
+        return math.prod(row[rank] for row, rank in zip(chances, path, strict=False))
+
+    def candidates(path):
+        return list(enumerate(chances[len(path)])) if len(path) < len(chances) else []
+
+    for nodes in range(1, 10):
+        best = sorted(map(value, every), reverse=True)[:nodes]
+        growth = grow(candidates, lambda size: 1.0, depth=3, most=nodes)
+        assert growth.tree.size == nodes + 1
+        assert growth.expected == pytest.approx(1 + sum(best))
+        assert growth.expected == pytest.approx(1 + sum(map(value, growth.tree.rank_paths[1:])))

@@ -7,8 +7,9 @@ are taken in the order of their paths; of the trees on the way the best is the o
 
 for time that a step takes is lost for others. Where no tree is better than a plain step, the step is plain.
 
-Chances are counted (`Confidence`), costs are those of forwards (`ForwardCost`) times what whole steps turned out to cost, and
-a drafter whose drafts took more time than they gave is let rest, longer each time.
+Chances are counted (`Confidence`), costs are those of forwards (`ForwardCost`) times what whole steps turned out to cost. Where
+fewer candidates come than were promised in this text, promises count for less; and where drafts still took more time than they
+gave, they are left out for a while, longer each time.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ def grow(
     depth: int,
     rate: float = 1.0,
     margin: float = 0.0,
+    trust: float = 1.0,
     most: int = 31,
     least: int = 0,
 ) -> Growth:
@@ -85,6 +87,7 @@ def grow(
         depth, most: of the deepest candidate, and of all candidates.
         rate: tokens that the time of a plain step is worth.
         margin: tokens by which a draft must be better than none.
+        trust: share of the promised candidates that is believed to come.
         least: candidates to take even where they don't pay, to learn from.
 
     >>> growth = grow(lambda path: [(7, 0.9), (8, 0.05)], lambda nodes: 1 + 0.01 * nodes, depth=3, most=4)
@@ -102,7 +105,7 @@ def grow(
             heapq.heappush(waiting, (-value * chance, ranks, (*labels, label)))
 
     taken: list[tuple[Path, int]] = []
-    values = {(): 1.0}
+    values: dict[Path, float] = {(): 1.0}
     total, size, expected = 1.0, 0, 1.0
     best = 1.0 - rate + margin
     wait(1.0, (0,), ())
@@ -113,7 +116,7 @@ def grow(
         values[ranks] = -negative
         taken.append((ranks, labels[-1]))
         total -= negative
-        won = total - rate * cost(len(taken) + 1)
+        won = 1.0 + trust * (total - 1.0) - rate * cost(len(taken) + 1)
         if won > best or len(taken) <= least:
             best, size, expected = max(won, best), len(taken), total
         wait(values[ranks[:-1]], (*ranks[:-1], ranks[-1] + 1), labels[:-1])
@@ -143,11 +146,13 @@ class Sizer:
     """
 
     #: Tokens that a draft must promise beyond its cost; weight of an old step against a new one.
-    MARGIN, MEMORY = 0.08, 0.95
+    MARGIN, MEMORY = 0.06, 0.95
     #: Steps whose times are remembered.
     LATELY = 15
+    #: Candidates that are believed to have come before any did, and weight of an old draft against a new one.
+    BELIEF, FADE = 2.0, 0.9
     #: Drafts after which they are judged; steps of the first and of the longest rest.
-    JUDGED, REST, LONGEST = 6, 32, 512
+    JUDGED, REST, LONGEST = 12, 32, 512
     EVERY = 8  # steps between two choices of a tree by ranks
 
     def __init__(self, cost: ForwardCost) -> None:
@@ -158,7 +163,8 @@ class Sizer:
         #: Of the last plain steps and drafted ones, seconds over what their forward should cost.
         self._seconds: dict[bool, deque[float]] = {kind: deque(maxlen=self.LATELY) for kind in (False, True)}
         self._drafts, self._won, self._paid = 0, 0.0, 0.0
-        self._resting, self._rest = 0, self.REST
+        self._promised = 0.0
+        self.begin()
         self._idle, self._probe = 0, 4
         self._steps, self._by_rank = 0, Tree.chain(0)
 
@@ -166,6 +172,12 @@ class Sizer:
         """A new text may be of another kind: what drafts paid is judged anew."""
         self._resting, self._rest = 0, self.REST
         self._drafts, self._won, self._paid = 0, 0.0, 0.0
+        self._came, self._expected = self.BELIEF, self.BELIEF
+
+    @property
+    def trust(self) -> float:
+        """Candidates that came over those that were promised, of late and in this text; at most 1."""
+        return min(1.0, self._came / self._expected)
 
     def rests(self) -> bool:
         """Whether this step is to be plain because drafts did not pay of late."""
@@ -180,7 +192,10 @@ class Sizer:
 
     def grow(self, candidates: Candidates, depth: int, *, least: int = 0) -> Growth:
         """The tree of this step, of one node where none pays."""
-        return grow(candidates, self.step_cost, depth=depth, rate=self.rate, margin=self.MARGIN, least=least)
+        settings = {"rate": self.rate, "margin": self.MARGIN, "trust": self.trust}
+        growth = grow(candidates, self.step_cost, depth=depth, least=least, **settings)
+        self._promised = growth.expected - 1
+        return growth
 
     def by_rank(self, ranks: int, depth: int) -> Tree:
         """The tree of this step for a drafter that can fill any, by how often the candidate of each depth and rank was right.
@@ -228,6 +243,9 @@ class Sizer:
         self.rate = max(1.0, self._tokens / self._spent)
         if not drafted:
             return
+        self._came = self.FADE * self._came + (1 - self.FADE) * self.BELIEF + tokens - 1
+        self._expected = self.FADE * self._expected + (1 - self.FADE) * self.BELIEF + self._promised
+        self._promised = 0.0
         self._drafts += 1
         self._won = old * self._won + tokens
         self._paid = old * self._paid + min(seconds / plain, 1.5 * self.step_cost(nodes))  # a step may be disturbed

@@ -5,7 +5,7 @@ from gossamer.patterns.budget import Budget, resolve
 from gossamer.patterns.neurons import NeuronRule
 from gossamer.patterns.quantiles import MagnitudeSketch, exact_quantile, threshold_at
 from gossamer.patterns.schedules import SineStages
-from gossamer.patterns.trees import Tree, best_tree, expected_tokens
+from gossamer.patterns.trees import Tree
 
 __all__ = [
     "AreaMeter",
@@ -14,10 +14,8 @@ __all__ = [
     "NeuronRule",
     "SineStages",
     "Tree",
-    "best_tree",
     "causal_pairs",
     "exact_quantile",
-    "expected_tokens",
     "resolve",
     "threshold_at",
 ]
