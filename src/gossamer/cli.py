@@ -368,6 +368,9 @@ def bench(
     op: Annotated[str | None, typer.Argument(help="An operator (default: list them).", metavar="OP")] = None,
     contexts: Annotated[str, typer.Option(help="Context lengths, with commas between.")] = "8192,32768",
     dtypes: Annotated[str, typer.Option(help="dtypes, with commas between.")] = "float32,bfloat16",
+    ppd: Annotated[
+        Path | None, typer.Option("--ppd", help="With decoding: a calibration of ppd, which is then timed too.")
+    ] = None,
     threads: ThreadsOpt = None,
     format_: FormatOpt = Format.table,
 ) -> None:
@@ -394,7 +397,8 @@ def bench(
         from gossamer.measure import bench_decoding
 
         with progress_bar() as progress:
-            rows = bench_decoding.run(names, progress=lambda what: progress(what, 0, 1))
+            files = {"ppd": ppd} if ppd is not None else {}
+            rows = bench_decoding.run(names, calibrations=files, progress=lambda what: progress(what, 0, 1))
         emit(rows, format_, right=("tokens_per_forward", "nodes_per_forward", "ms_per_token", "speedup"))
         return
     with progress_bar() as progress:

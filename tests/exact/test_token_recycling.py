@@ -8,10 +8,12 @@ from transformers import GenerationConfig, LogitsProcessorList, MaxLengthCriteri
 
 from gossamer.calibration import Calibration
 from gossamer.decoding import Engine, ForwardCost
+from gossamer.decoding.sizing import Sizer
 from gossamer.decoding.token_recycling import TokenRecycling, released_template, state_of, top_successors
 from gossamer.errors import CalibrationError, InputError, ModelError
 from gossamer.hf import AttentionRuntime, GossamerCache
 from gossamer.models import tiny_model
+from gossamer.patterns import Tree
 from gossamer.registry import make
 
 PROMPT = torch.arange(5, 25)[None]
@@ -39,7 +41,8 @@ def bigram_model(after):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
 @pytest.mark.parametrize("template", ["auto", "2.2.2"])
-def test_1_the_text_is_plain_greedy_for_any_table(family, template):
+def test_1_the_text_is_plain_greedy_for_any_table(family, template, monkeypatch):
+    monkeypatch.setattr(Sizer, "record", lambda *step: None)  # what steps of so small a model take says nothing
     model = tiny_model(family)
     plain = model.generate(PROMPT, **GREEDY)
     engine = engine_of(model, template=template)
@@ -49,8 +52,10 @@ def test_1_the_text_is_plain_greedy_for_any_table(family, template):
         engine.drafter.seen[:] = True
         engine.drafter.chances.fill_(0.9)
         assert torch.equal(model.generate(PROMPT, **GREEDY, custom_generate=engine), plain)
-    # A second time the table is warm, and the same text goes faster.
-    model.generate(PROMPT, **GREEDY, custom_generate=engine)
+    # A second time a table is warm, and the same text goes faster.
+    engine = engine_of(model, template=template, lookup=False)
+    for _ in range(2):
+        assert torch.equal(model.generate(PROMPT, **GREEDY, custom_generate=engine), plain)
     assert engine.stats.tokens_per_forward > 1.3
 
 
@@ -162,14 +167,15 @@ def test_8_sampled_text_has_the_models_law():
             [model(torch.cat([prompt, torch.tensor([[t]])], 1)).logits[0, -1].softmax(-1) for t in range(5)]
         )
     law = first[:, None] * second
-    engine = Engine(model, TokenRecycling(k=3, depth=2).drafter(model, None), cost=COST)
+    tree = Tree.of_paths([(0,), (1,), (2,), (0, 0), (1, 0)])
+    engine = Engine(model, TokenRecycling(k=3, depth=2).drafter(model, None), tree=tree)
     torch.manual_seed(0)
     seen = torch.zeros(5, 5)
     stop = StoppingCriteriaList([MaxLengthCriteria(4)])
     for _ in range(count):
         text = engine(model, prompt, LogitsProcessorList(), stop, GenerationConfig(do_sample=True))[0, 2:]
         seen[text[0], text[1]] += 1
-    assert engine.drafter.confidence.tried[-1] + sum(engine.drafter.confidence.tried) > 0
+    assert engine.drafter.seen.all()
     for got, wanted in ((seen.sum(1), first * count), (seen.flatten(), law.flatten() * count)):
         keep = wanted >= 5
         statistic = float(((got - wanted)[keep] ** 2 / wanted[keep]).sum())
@@ -188,7 +194,7 @@ def test_a_warm_table_is_saved_and_read(tmp_path):
     assert drafter.successors[PROMPT[0]].tolist() == top_successors(logits, 8).tolist()
     for name, tensor in state_of(drafter, model).tensors.items():
         assert torch.equal(tensor, calibration.tensors[name])
-    law = logits.softmax(-1).gather(1, drafter.successors[PROMPT[0]].long())
+    law = logits.gather(1, drafter.successors[PROMPT[0]].long()).softmax(-1)
     torch.testing.assert_close(drafter.chances[PROMPT[0]], law)
     with pytest.raises(CalibrationError, match="another model"):
         method.drafter(tiny_model("llama", seed=1), calibration)

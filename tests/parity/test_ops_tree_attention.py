@@ -7,13 +7,13 @@ import torch
 
 from gossamer import ops
 from gossamer.errors import InputError
-from gossamer.patterns import Tree, best_tree
+from gossamer.patterns import Tree
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 TREES = {
     "chain": Tree.chain(5),
     "chains": Tree.of_chains(3, 2),
-    "tree": best_tree([[0.5, 0.3, 0.1]] * 4, 37),
+    "tree": Tree(tuple((node - 1) // 3 if node else -1 for node in range(38)), (0,) * 38),
     "two": Tree.chain(1),
 }
 
@@ -52,6 +52,8 @@ def test_nodes_see_the_cache_their_ancestors_and_themselves(isa, dtype, name, ba
             got = ops.tree_attention(query, key, value, tree.mask, scale=0.3)
         assert got.dtype is dtype
         torch.testing.assert_close(got.double(), wanted, atol=tolerance, rtol=tolerance)
+    prepared = ops.PreparedAttention(key, value).tree(query, past + tree.size, tree.mask, scale=0.3)
+    torch.testing.assert_close(prepared.double(), wanted, atol=tolerance, rtol=tolerance)
 
 
 def test_bad_input_and_the_operator_check():
@@ -65,3 +67,7 @@ def test_bad_input_and_the_operator_check():
     ):
         with pytest.raises(InputError, match="tree_attention"):
             bad()
+    prepared = ops.PreparedAttention(key, key)
+    for mask_, length in ((mask[:2], 7), (mask.float(), 7), (mask, 2)):
+        with pytest.raises(InputError, match="tree_attention"):
+            prepared.tree(query, length, mask_, scale=1.0)

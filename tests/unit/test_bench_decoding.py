@@ -6,6 +6,7 @@ import torch
 from gossamer.errors import InputError
 from gossamer.measure import bench_decoding
 from gossamer.models import tiny_model
+from gossamer.registry import make
 
 
 class Words:
@@ -20,12 +21,16 @@ class Loaded:
     model, tokenizer = None, Words()
 
 
-def test_ways_are_compared_with_the_faster_plain_one(monkeypatch):
+def test_ways_are_compared_with_the_faster_plain_one(monkeypatch, tmp_path):
     loaded = Loaded()
     loaded.model = tiny_model("llama")
     monkeypatch.setattr(bench_decoding, "load", lambda name: loaded)
-    rows = bench_decoding.run(("float32",), new_tokens=12, prompts=2)
-    assert [row["way"] for row in rows[:4]] == ["generate", "plain", "prompt-lookup", "token-recycling"]
+    ppd = make("ppd", m=2, steps=2, length=16)
+    path = ppd.calibrate(loaded.model, torch.arange(64)[None]).save(tmp_path / "ppd.safetensors")
+    monkeypatch.setattr(bench_decoding, "make", lambda slug: ppd if slug == "ppd" else make(slug))
+    rows = bench_decoding.run(("float32",), new_tokens=12, prompts=2, calibrations={"ppd": path})
+    ways = ["generate", "plain", "prompt-lookup", "token-recycling", "its table alone", "early-exit", "ppd"]
+    assert [row["way"] for row in rows[:7]] == ways
     assert {row["prompts"] for row in rows} == {"repeating", "questions"}
     for row in rows:
         assert row["same_text"] == "2/2"
@@ -34,3 +39,5 @@ def test_ways_are_compared_with_the_faster_plain_one(monkeypatch):
     assert max(row["speedup"] for row in rows if row["way"] in ("generate", "plain")) == 1
     with pytest.raises(InputError, match="does not draft"):
         bench_decoding.run(("float32",), ("streaming-llm",))
+    with pytest.raises(InputError, match="gossamer calibrate ppd"):
+        bench_decoding.run(("float32",), ("ppd",))

@@ -1,6 +1,7 @@
 """The draft–verify engine: with any drafter, what plain decoding would have said."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from gossamer.decoding import Drafter, Engine, ForwardCost, PromptLookup, Sizer
 from gossamer.decoding.cost import cost_of, measure
+from gossamer.decoding.sizing import grow
 from gossamer.errors import InputError, RecipeError
 from gossamer.models import tiny_model
 from gossamer.patterns import Tree
@@ -50,7 +52,8 @@ class Guessing(Drafter):
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "gpt2"])
 @pytest.mark.parametrize("tree", [TREE, Tree.chain(4), Tree.chain(0), None], ids=["tree", "chain", "plain", "sized"])
-def test_greedy_text_is_that_of_plain_decoding(family, tree):
+def test_greedy_text_is_that_of_plain_decoding(family, tree, monkeypatch):
+    monkeypatch.setattr(Sizer, "record", lambda *step: None)  # what steps of so small a model take says nothing
     model = tiny_model(family)
     plain = model.generate(PROMPT, **GREEDY)
     engine = Engine(model, Guessing(256, truth=plain[0].tolist()), tree=tree, cost=COST)
@@ -175,7 +178,7 @@ def test_lookup_continues_what_stood_there_before():
         model, repeated, stopping_criteria=[type("Max", (), {"max_length": 14, "__call__": lambda s, i, x: [False]})()]
     )
     drafter.begin(type("C", (), {"ids": repeated[0]})())
-    assert drafter.continuations()[0] == [7, 6, 5, 9, 8]
+    assert drafter.matches()[0] == (3, [7, 6, 5, 9, 8])
     assert drafter.fill(type("C", (), {"ids": repeated[0]})(), Tree.chain(3)) == [8, 7, 6, 5]
 
 
@@ -210,18 +213,81 @@ def test_costs_are_measured_once_and_kept(tmp_path):
     assert cost_of(model, tmp_path).sizes == kept.sizes
 
 
+def follow(sizer, tree, right):
+    """Tells a sizer that the first rank was always right, or nothing ever."""
+    first = max(node for node, path in enumerate(tree.rank_paths) if not any(path)) if right else 0
+    path = tree.path(first)
+    sizer.learn(tree, [7] * tree.size, path)
+    return len(path)
+
+
 def test_the_sizer_drafts_where_it_pays_and_rests_where_it_does_not():
-    sizer = Sizer(COST, depth=4, ranks=3)
+    sizer = Sizer(COST)
     for _ in range(200):
-        tree = sizer.next()
-        first = max(node for node, path in enumerate(tree.rank_paths) if not any(path))
-        sizer.learn(tree, [7] * tree.size, tree.path(first))  # the first rank is always right
+        tree = sizer.by_rank(3, 4)
+        follow(sizer, tree, True)
     assert tree.size > 4
-    assert sizer.chances[0][0] > 0.9
-    dear = Sizer(ForwardCost((1, 2, 8), (1.0, 1.9, 8.0), 100), depth=4, ranks=3)
+    assert sizer.confidence.chance((0, 0), 0.4) > 0.9
+    dear = Sizer(ForwardCost((1, 2, 8), (1.0, 1.9, 8.0), 100))
     sizes = []
     for _ in range(400):
-        tree = dear.next()
+        tree = dear.by_rank(3, 4)
         sizes.append(tree.size)
-        dear.learn(tree, [7] * tree.size, (0,))  # nothing is ever right
+        follow(dear, tree, False)
     assert sum(size > 1 for size in sizes[-200:]) <= 5
+
+
+def test_drafts_that_take_more_time_than_they_give_are_left_out_for_longer_and_longer():
+    """Chances promise much; what is measured decides."""
+    sizer = Sizer(COST)
+    rests = []
+    for step in range(600):
+        if sizer.rests():
+            rests.append(step)
+            sizer.record(1, 1, 1.0)
+        else:
+            sizer.record(5, 1, 1.2)
+    assert len(rests) > 500
+    gaps = [b - a for a, b in itertools.pairwise(rests)]
+    assert max(gaps) == Sizer.JUDGED + 1
+    assert gaps.count(Sizer.JUDGED + 1) == 4  # rests of 32, 64, 128, 256, then the last
+    assert sizer.surcharge == pytest.approx(1.2 / COST.ratio(5), rel=0.01)
+    worth = Sizer(COST)
+    for _ in range(600):
+        assert not worth.rests()
+        worth.record(5, 2, 1.2)
+    assert worth.rate > 1.5
+
+
+def test_a_tree_grows_by_what_time_is_worth():
+    def candidates(path):
+        return [(7, 0.8), (8, 0.1)]
+
+    free = grow(candidates, lambda nodes: 1.0, depth=4, most=6)
+    assert free.tree.size == 7
+    assert free.labels[:4] == [7] * 4, "the likeliest branch comes first"
+    assert free.expected == pytest.approx(1 + 0.8 + 0.8**2 + 0.8**3 + 0.8**4 + 0.1 + 0.08)
+    dear = grow(candidates, lambda nodes: 1 + 0.3 * (nodes - 1), depth=4)
+    assert dear.labels == [7] * 4, "0.4096 tokens are worth 0.3"
+    assert grow(candidates, lambda nodes: 1 + 0.3 * (nodes - 1), depth=4, rate=2.0).labels == [7, 7]
+    assert grow(candidates, lambda nodes: 0.9 + nodes, depth=4).tree.size == 1
+    assert grow(candidates, lambda nodes: 0.9 + nodes, depth=4, least=2).labels == [7, 7]
+    assert grow(lambda path: [], lambda nodes: 1.0, depth=4).tree.size == 1
+
+
+def test_the_grown_tree_holds_the_likeliest_paths():
+    chances = [[0.6, 0.3, 0.05], [0.5, 0.2], [0.4]]
+    every = [path for depth in (1, 2, 3) for path in itertools.product(*(range(len(row)) for row in chances[:depth]))]
+
+    def value(path):
+        return math.prod(row[rank] for row, rank in zip(chances, path, strict=False))
+
+    def candidates(path):
+        return list(enumerate(chances[len(path)])) if len(path) < len(chances) else []
+
+    for nodes in range(1, 10):
+        best = sorted(map(value, every), reverse=True)[:nodes]
+        growth = grow(candidates, lambda size: 1.0, depth=3, most=nodes)
+        assert growth.tree.size == nodes + 1
+        assert growth.expected == pytest.approx(1 + sum(best))
+        assert growth.expected == pytest.approx(1 + sum(map(value, growth.tree.rank_paths[1:])))

@@ -6,7 +6,7 @@ import torch
 from gossamer.errors import InputError
 from gossamer.hf import AttentionRuntime, GossamerCache
 from gossamer.models import tiny_model
-from gossamer.patterns import Tree, best_tree, expected_tokens
+from gossamer.patterns import Tree
 from gossamer.registry import make
 
 TREE = Tree.of_paths([(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (1, 0, 3)])
@@ -68,20 +68,3 @@ def test_trees():
             Tree.of_paths(bad)
     with pytest.raises(InputError):
         Tree((0,), (0,))
-
-
-def test_the_best_tree_holds_the_likeliest_paths():
-    chances = [[0.6, 0.3, 0.05], [0.5, 0.2], [0.4]]
-    every = [(a,) for a in range(3)] + [(a, b) for a in range(3) for b in range(2)]
-    every += [(a, b, 0) for a in range(3) for b in range(2)]
-
-    def value(path):
-        product = 1.0
-        for depth, rank in enumerate(path):
-            product *= chances[depth][rank]
-        return product
-
-    for nodes in range(1, 10):
-        best = sorted(map(value, every), reverse=True)[:nodes]
-        assert expected_tokens(best_tree(chances, nodes), chances) == pytest.approx(1 + sum(best))
-    assert best_tree([], 4).size == 1

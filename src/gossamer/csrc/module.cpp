@@ -302,6 +302,31 @@ class Prepared {
     return status ? -status : total(a.counts, a.batch * select_heads);
   }
 
+  // The nodes of a tree, whose rows are the last ones of the range; queries stand as [B, heads, nodes, d] without gaps. The rows
+  // before are read by all nodes of a group together, then what the nodes see of each other is merged in.
+  int64_t attend_tree(intptr_t query, int64_t heads, int64_t nodes, intptr_t out, intptr_t lse, intptr_t mask, int32_t length,
+                      float scale, int threads) const {
+    AttentionArgs a = a_;
+    const int64_t past = length - nodes, lines = heads * nodes;
+    set(a, query, lines * a.dim, a.dim, lines, out, 0, int32_t(past), scale);
+    a.lse = reinterpret_cast<float*>(lse);
+    a.threads = team(threads, row_bytes(a, false));
+    if (const int status = call(active->decode_attention, a)) return -status;
+    TreeArgs t{};
+    const auto behind = [&](const void* rows, int64_t row) {
+      return static_cast<const char*>(rows) + past * row * element_size(a.dtype);
+    };
+    t.query = a.query, t.key = behind(a.key, a.k_row), t.value = behind(a.value, a.v_row), t.out = a.out, t.lse = a.lse;
+    t.mask = reinterpret_cast<const uint8_t*>(mask);
+    t.q_batch = lines * a.dim, t.q_head = nodes * a.dim, t.q_row = a.dim;
+    t.k_batch = a.k_batch, t.k_head = a.k_head, t.k_row = a.k_row;
+    t.v_batch = a.v_batch, t.v_head = a.v_head, t.v_row = a.v_row;
+    t.batch = a.batch, t.heads = heads, t.kv_heads = a.kv_heads, t.nodes = nodes, t.dim = a.dim;
+    t.scale = scale, t.dtype = a.dtype;
+    t.threads = team(threads, t.batch * heads * nodes * nodes * t.dim);
+    return -call(active->tree_attention, t);
+  }
+
   // Writes the labels of rows [from, to), then scores, selects and attends. Returns how many rows were attended,
   // over all selections, or minus a status.
   int64_t attend_labels(intptr_t query, int64_t q_batch, int64_t q_head, int64_t heads, intptr_t out, intptr_t starts,
@@ -624,5 +649,6 @@ NB_MODULE(_native, m) {
       .def("set_labels", &Prepared::set_labels)
       .def("attend", &Prepared::attend)
       .def("attend_weights", &Prepared::attend_weights)
+      .def("attend_tree", &Prepared::attend_tree)
       .def("attend_labels", &Prepared::attend_labels);
 }

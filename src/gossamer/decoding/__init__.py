@@ -14,8 +14,9 @@ from gossamer.decoding.base import (
     Target,
     Verdict,
 )
-from gossamer.decoding.cost import ForwardCost, Sizer, cost_of
+from gossamer.decoding.cost import ForwardCost, cost_of
 from gossamer.decoding.eagle import Eagle
+from gossamer.decoding.early_exit import EarlyExit
 from gossamer.decoding.engine import DecodingStats, Engine
 from gossamer.decoding.guidance import Guidance
 from gossamer.decoding.lantern import RelaxedAcceptance
@@ -33,6 +34,7 @@ from gossamer.decoding.rules import (
     Typical,
     TypicalAcceptance,
 )
+from gossamer.decoding.sizing import Sizer
 from gossamer.decoding.spectr import SpecTr, SpecTrDrafter, spectr_generate
 from gossamer.decoding.token_recycling import TokenRecycling
 
@@ -45,6 +47,7 @@ __all__ = [
     "Drafter",
     "DraftingMethod",
     "Eagle",
+    "EarlyExit",
     "Engine",
     "ForwardCost",
     "Guidance",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.calibration import Calibration
-from gossamer.decoding.cost import ForwardCost
+from gossamer.decoding.sizing import Sizer
 from gossamer.patterns import Tree
 from gossamer.registry import Method
 
@@ -35,6 +35,14 @@ class Draft:
     distinct: bool = False
 
 
+def plain(context: Context) -> Draft:
+    """No candidates: the last certain token alone."""
+    return Draft(_ROOT, [int(context.ids[-1])])
+
+
+_ROOT = Tree.chain(0)
+
+
 @dataclass(frozen=True, eq=False)
 class Context:
     """What a drafter may look at before it proposes.
@@ -44,12 +52,14 @@ class Context:
         room: candidates deeper than this would pass the end.
         processors: logits processors of the generation, temperature and top-p among them.
         do_sample: whether tokens are drawn or the best is taken.
+        cache: the target's cache, which holds all tokens but the last; what a drafter appends it must take away again.
     """
 
     ids: Tensor
     room: int
     processors: Any
     do_sample: bool
+    cache: Any = None
 
     def process(self, logits: Tensor, prefix: Tensor | None = None) -> Tensor:
         """Scores ``[V]`` after the generation's processors, for logits ``[V]`` behind `prefix` (default: `ids`)."""
@@ -133,16 +143,18 @@ class Drafter:
 
     Attributes:
         ranks, depth: how many candidates there may be behind a token, and how deep they go, for drafters that fill any tree
-            they are given (see `fill`); 0 for those that make a tree of their own in `propose`.
+            they are given (see `fill`); 0 for those that make a tree of their own.
     """
 
     ranks = 0
     depth = 0
     #: Whether `observe_prompt` wants the logits of prompts, which must then all be computed.
     watches_prompt = False
-    #: Whether it sizes its own trees by what forwards cost; the engine then sets `cost` before the first step.
-    wants_cost = False
-    cost: ForwardCost | None = None
+
+    @property
+    def sized(self) -> bool:
+        """Whether drafts follow what pays here: the engine then asks `plan`, and leaves steps plain where drafts don't pay."""
+        return self.ranks > 0
 
     def watching(self) -> AbstractContextManager[None]:
         """Entered around each generation, its prompt included, for drafters that look into the model (default: nothing)."""
@@ -156,8 +168,17 @@ class Drafter:
         raise NotImplementedError
 
     def propose(self, context: Context, tree: Tree) -> Draft:
-        """A draft; `tree` is the shape that pays best at present (drafters with a shape of their own ignore it)."""
+        """A draft of this shape (drafters with a shape of their own ignore it)."""
         return Draft(tree, self.fill(context, tree))
+
+    def plan(self, context: Context, sizer: Sizer) -> Draft:
+        """The draft that pays best in this step (by default of the tree that does by its ranks)."""
+        tree = sizer.by_rank(self.ranks, self.depth)
+        return self.propose(context, tree) if tree.size > 1 else plain(context)
+
+    def learn(self, target: Target, verdict: Verdict, sizer: Sizer) -> None:
+        """Set chances right by a step's outcome, before `observe` sees it (by default those of its ranks)."""
+        sizer.learn(target.draft.tree, target.draft.tokens, verdict.path)
 
     def observe_prompt(self, ids: Tensor, logits: Tensor) -> None:
         """See a prompt's tokens int64 ``[n]`` (all but its last) and their logits ``[n, V]``, where `watches_prompt` is true."""

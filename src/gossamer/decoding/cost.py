@@ -1,4 +1,4 @@
-"""What a forward costs by its number of tokens, measured here, and the tree that pays best by it.
+"""What a forward costs by its number of tokens, measured here.
 
 A decode step reads every weight once whether it carries one token or eight, so a few candidates are nearly free where the
 weights set the pace, and dear where arithmetic does. That is measured, never assumed.
@@ -23,7 +23,7 @@ from gossamer.errors import InputError
 from gossamer.hf import AttentionRuntime, GossamerCache
 from gossamer.hf.attention import attached_runtime
 from gossamer.models import cache_folder, fingerprint
-from gossamer.patterns import Tree, best_tree, expected_tokens
+from gossamer.patterns import Tree
 
 #: Numbers of tokens that are measured; between them costs are interpolated.
 SIZES = (1, 2, 4, 6, 8, 9, 12, 16, 24, 32, 48, 64, 96)
@@ -130,73 +130,3 @@ def cost_of(model: Any, folder: Path | None = None) -> ForwardCost:
     except OSError:
         pass  # it will be measured again
     return cost
-
-
-class Sizer:
-    """Chooses the tree of each step: learns how often the candidate of each rank is right, and weighs that against costs.
-
-    Where no tree pays, steps are plain, and every `rest` steps one is drafted all the same, to see whether that has changed;
-    the rests double up to 64 while it has not.
-
-    Args:
-        cost: of forwards.
-        depth, ranks: what the drafter can fill.
-        most: largest number of nodes below the root.
-    """
-
-    #: Weight of what is remembered against one new observation, and what is believed before any.
-    MEMORY, BELIEF = 0.97, 2.0
-    EVERY = 8  # steps between two choices of a tree
-
-    def __init__(self, cost: ForwardCost, depth: int, ranks: int, most: int = 63) -> None:
-        self.cost, self.most = cost, most
-        # Before anything was seen: the first candidate is right in two of five cases, the others share a tenth.
-        first = [0.4] + [0.1 / (rank + 1) for rank in range(1, ranks)]
-        self.right = [[self.BELIEF * p for p in first] for _ in range(depth)]
-        self.tried = [[self.BELIEF] * ranks for _ in range(depth)]
-        self.steps = self.resting = 0
-        self.rest = 4
-        self.tree = self._choose()
-
-    @property
-    def chances(self) -> list[list[float]]:
-        """Of each depth and rank: how often the candidate is right where its parent was."""
-        return [
-            [r / t for r, t in zip(right, tried, strict=True)]
-            for right, tried in zip(self.right, self.tried, strict=True)
-        ]
-
-    def next(self) -> Tree:
-        """The tree of this step."""
-        self.steps += 1
-        if self.steps % self.EVERY == 0:
-            self.tree = self._choose()
-        if self.tree.size > 1:
-            self.rest = 4
-            return self.tree
-        self.resting += 1
-        if self.resting < self.rest:
-            return self.tree
-        self.resting, self.rest = 0, min(64, 2 * self.rest)
-        return best_tree(self.chances, min(3, self.most))
-
-    def learn(self, tree: Tree, tokens: Sequence[int], path: Sequence[int]) -> None:
-        """Which candidates were right: those on the accepted path, of all that stood beside them."""
-        accepted = set(path)
-        for node in path:
-            for child in tree.children[node]:
-                depth, rank = tree.depths[node], tree.ranks[child]
-                if depth >= len(self.right) or rank >= len(self.right[depth]):
-                    continue
-                hit = child in accepted and tokens[child] >= 0
-                self.right[depth][rank] = self.MEMORY * self.right[depth][rank] + hit
-                self.tried[depth][rank] = self.MEMORY * self.tried[depth][rank] + 1
-
-    def _choose(self) -> Tree:
-        chances = self.chances
-        trees = {1: Tree.chain(0)}
-        for size in (*range(2, 17), 20, 24, 32, 48, 64):
-            if size - 1 <= self.most:
-                tree = best_tree(chances, size - 1)
-                trees[tree.size] = tree
-        return trees[self.cost.best_size([(size, expected_tokens(tree, chances)) for size, tree in trees.items()])]

@@ -6,6 +6,7 @@ are transformers' own. One sequence at a time.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from gossamer.decoding.base import Context, Draft, Drafter, Match, Rule, Target
-from gossamer.decoding.cost import ForwardCost, Sizer, cost_of
+from gossamer.decoding.base import Context, Draft, Drafter, Match, Rule, Target, plain
+from gossamer.decoding.cost import ForwardCost, cost_of
+from gossamer.decoding.sizing import Sizer
 from gossamer.errors import InputError
 from gossamer.hf import AttentionRuntime
 from gossamer.hf.attention import attached_runtime
@@ -59,7 +61,8 @@ class Engine:
         model: a decoder-only transformers model; sparse attention and cache methods must not be attached.
         drafter: proposes candidates.
         rule: accepts them (default: `Match`, which is lossless).
-        tree: the shape of every draft; None lets it follow what is accepted and what forwards cost here.
+        tree: the shape of every draft; None lets the drafter choose: by what is accepted and what steps cost here, where it
+            can.
         cost: of forwards; measured on this machine (once, then kept) where it is needed and not given.
 
     Attributes:
@@ -147,20 +150,16 @@ class Engine:
             "accepted": dict(sorted(stats.accepted.items())),
         }
 
-    def _trees(self) -> Iterator[Tree]:
-        """The tree of each step."""
-        if self.drafter.wants_cost:
-            self.drafter.cost = self.cost = self.cost if self.cost is not None else cost_of(self.model)
-        if self.tree is not None or not self.drafter.ranks:
-            tree = self.tree if self.tree is not None else Tree.chain(0)
-            while True:
-                yield tree
+    def _sized(self) -> Sizer | None:
+        """What sizes the drafts, where they follow what pays."""
+        if self.tree is not None or not self.drafter.sized:
+            return None
         if self.sizer is None:
             if self.cost is None:
                 self.cost = cost_of(self.model)
-            self.sizer = Sizer(self.cost, self.drafter.depth, self.drafter.ranks)
-        while True:
-            yield self.sizer.next()
+            self.sizer = Sizer(self.cost)
+        self.sizer.begin()
+        return self.sizer
 
     def _decode(
         self,
@@ -172,8 +171,7 @@ class Engine:
         do_sample: bool,
         streamer: Any,
     ) -> Tensor:
-        trees, model = self._trees(), cast(Any, self.model)
-        first = next(trees)  # costs are measured before anything is cached
+        sizer, model = self._sized(), cast(Any, self.model)  # costs are measured before anything is cached
         limit = min((c.max_length for c in stopping if hasattr(c, "max_length")), default=len(prompt) + 20)
         room = torch.empty(max(limit, len(prompt)) + 1, dtype=torch.long, device=prompt.device)
         room[: len(prompt)] = prompt
@@ -185,11 +183,11 @@ class Engine:
             if watched:
                 self.drafter.observe_prompt(unread[0], logits.float())
         self.stats = stats = DecodingStats()
-        self.drafter.begin(Context(prompt, limit - count, processors, do_sample))
-        done, tree = count >= limit, first
+        self.drafter.begin(Context(prompt, limit - count, processors, do_sample, cache))
+        done, began = count >= limit, time.perf_counter()
         while not done:
-            context = Context(room[:count], limit - count, processors, do_sample)
-            draft = self._draft(context, tree)
+            context = Context(room[:count], limit - count, processors, do_sample, cache)
+            draft = self._draft(context, sizer)
             start = cache.get_seq_length()
             target = Target(context, draft, self._verify(runtime, draft, cache, start))
             verdict = self.rule.decide(target)
@@ -204,18 +202,26 @@ class Engine:
             kept = verdict.path[:fresh]
             accept(cache, start, kept)
             stats.count(fresh, draft.tree.size)
+            if sizer is not None:
+                self.drafter.learn(target, verdict, sizer)
             self.drafter.observe(target, verdict)
-            if self.sizer is not None:
-                self.sizer.learn(draft.tree, draft.tokens, verdict.path)
+            if sizer is not None:
+                now = time.perf_counter()
+                sizer.record(draft.tree.size, fresh, now - began)
+                began = now
             if streamer is not None:
                 streamer.put(room[count - fresh : count].cpu())
-            tree = next(trees)
         return room[:count].clone()
 
-    def _draft(self, context: Context, tree: Tree) -> Draft:
-        if context.room <= 1 or (self.drafter.ranks and tree.size == 1):
-            return Draft(Tree.chain(0), [int(context.ids[-1])])
-        draft = self.drafter.propose(context, tree)
+    def _draft(self, context: Context, sizer: Sizer | None) -> Draft:
+        if context.room <= 1 or (sizer is not None and sizer.rests()):
+            return plain(context)
+        if sizer is not None:
+            draft = self.drafter.plan(context, sizer)
+        elif self.tree is not None and self.tree.size == 1:
+            return plain(context)
+        else:
+            draft = self.drafter.propose(context, self.tree if self.tree is not None else Tree.chain(0))
         if len(draft.tokens) != draft.tree.size:
             raise InputError(f"a draft of {draft.tree.size} nodes has {len(draft.tokens)} tokens")
         if self.rule.needs_laws and context.do_sample and draft.tree.size > 1 and not draft.laws:
@@ -252,6 +258,11 @@ def _pruned(draft: Draft) -> Draft:
 
 def accept(cache: Any, start: int, nodes: tuple[int, ...]) -> None:
     """Keep of a draft's rows, which begin at `start`, those of these nodes; in place."""
+    if nodes == tuple(range(len(nodes))):
+        surplus = cache.get_seq_length() - start - len(nodes)
+        if surplus:
+            cache.crop(-surplus)
+        return
     ids = torch.tensor(nodes)
     for layer in cache.layers:
         layer.accept(start, ids)

@@ -10,7 +10,8 @@ their keys and values leave the cache with those of the other nodes. Nothing but
 Decisions where the card leaves room:
 
 * The prompt is read as in plain decoding; the first step is the root with its m prompt tokens.
-* The total S is chosen from measured forwards of this machine, plain decoding among the choices; `size` fixes it.
+* The total S is chosen from measured forwards of this machine, plain decoding among the choices, and steps are plain for a
+  while where drafts turn out to take more time than they give; `size` fixes it, and drafts always.
 * Sampling is exact by default (the rule `Match`). `acceptance="typical"` is the paper's, with epsilon 0.09 and alpha 0.3 (the
   released defaults of `generate`); `"typical-draw"` draws from the truncated law and follows the draft as far as it says the
   same. Greedy text is that of plain decoding with all three.
@@ -37,6 +38,7 @@ from gossamer.decoding.base import Context, Draft, Drafter, DraftingMethod, Matc
 from gossamer.decoding.cost import ForwardCost, cost_of
 from gossamer.decoding.ppd_training import Mask, Study, first_prompts, random_cuts, train_prompts
 from gossamer.decoding.ppd_tree import TOTALS, DynamicTree, build_dynamic_tree, check_accuracies, choose_size
+from gossamer.decoding.sizing import Sizer
 from gossamer.errors import CalibrationError, InputError, ModelError
 from gossamer.hf.views import text_config
 from gossamer.models import fingerprint
@@ -112,19 +114,32 @@ class PromptDrafter(Drafter):
     Args:
         prompts: embeddings float ``[m, d]``, one a prompt token.
         tree: of all states; None decodes plainly.
+        rests: whether steps may be plain where drafts do not pay.
 
     Raises:
         InputError: prompt tokens and tree do not belong together.
     """
 
-    def __init__(self, prompts: Tensor, tree: DynamicTree | None) -> None:
+    def __init__(self, prompts: Tensor, tree: DynamicTree | None, rests: bool = False) -> None:
         if prompts.dim() != 2 or (tree is not None and len(prompts) != tree.m):
             wanted = "m" if tree is None else tree.m
             raise InputError(f"embeddings of the prompt tokens are [{wanted}, d], got {list(prompts.shape)}")
-        self.prompts, self.tree = prompts, tree
+        self.prompts, self.tree, self.rests = prompts, tree, rests
         #: Candidates 2, 3, … tokens ahead of the accepted node: a row for each of its prompt tokens.
         self.guesses: list[list[int]] = []
         self._shape = cache(tree.shape) if tree is not None else None
+
+    @property
+    def sized(self) -> bool:
+        """The tree is the calibration's; whether to draft at all may follow what pays."""
+        return self.rests and self.tree is not None
+
+    def plan(self, context: Context, sizer: Sizer) -> Draft:
+        """The tree of this state."""
+        return self.propose(context, Tree.chain(0))
+
+    def learn(self, target: Target, verdict: Verdict, sizer: Sizer) -> None:
+        """Chances are the calibration's."""
 
     def begin(self, context: Context) -> None:
         """Nothing is guessed yet."""
@@ -272,7 +287,7 @@ class PPD(DraftingMethod):
         if size is None:
             trees = {total: build_dynamic_tree(table, total) for total in TOTALS}
             size = choose_size(trees, cost if cost is not None else cost_of(model))
-            return PromptDrafter(prompts, trees.get(size))
+            return PromptDrafter(prompts, trees.get(size), rests=True)
         return PromptDrafter(prompts, build_dynamic_tree(table, size))
 
     def rule(self) -> Rule:

@@ -11,8 +11,9 @@ Decisions where the card leaves room:
 
 * Of several nodes with one token the last in breadth-first order writes the row.
 * Rows that were never written hold id 0 in the paper's template (`template="2.2.2"`), as released. With `template="auto"` they
-  propose nothing, and the tree is made anew in each step: a row also keeps the probabilities that its successors had, and nodes
-  are taken where those promise more tokens than the larger forward costs here (`confidence`).
+  propose nothing, and the tree is made anew in each step (`sizing`). How likely a successor is, is counted by the probability
+  that it had among its row when that was written and by how often in a row the row's first one was right; every token of the text
+  teaches that, drafted or not.
 * Prompts do not write the table (as released); `update_from_prefill` lets them, at the price of all their logits.
 * Sampling draws each visited node's token from the model's own law (the engine's rule `Match`), which is exact; the released
   code always takes the best token.
@@ -21,6 +22,8 @@ Decisions where the card leaves room:
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -30,10 +33,12 @@ from torch import Tensor, nn
 from gossamer import ops
 from gossamer.calibration import Calibration
 from gossamer.decoding.base import Context, Draft, Drafter, DraftingMethod, Target, Verdict
-from gossamer.decoding.confidence import Confidence, grow
+from gossamer.decoding.lookup import LookupDrafter
+from gossamer.decoding.sizing import Sizer
 from gossamer.errors import CalibrationError, InputError, ModelError
 from gossamer.models import fingerprint
 from gossamer.patterns import Tree
+from gossamer.patterns.trees import Path
 from gossamer.registry import register
 
 # The released tree, as the number of children of each node that has any; children take the ranks from 0 on.
@@ -78,22 +83,40 @@ class TokenRecycler(Drafter):
 
     Attributes:
         successors: int32 ``[V, k]``.
-        chances: float32 ``[V, k]``: their probabilities when they were written.
+        chances: float32 ``[V, k]``: their probabilities among one another when they were written.
         seen: bool ``[V]``: rows that were written.
     """
 
-    #: With trees of its own: every so many steps without a draft one is made all the same, to learn from.
-    EXPLORE = 16
+    #: Probabilities fall into so many classes; a row that was right more often in a row than `STREAK` counts as that.
+    CLASSES, STREAK = 10, 3
+    #: Share of its probability that a successor is believed to have in another context, before that was counted.
+    DOUBT = 0.5
 
     def __init__(
-        self, vocabulary: int, k: int, depth: int, template: Tree | None, watches_prompt: bool = False
+        self,
+        vocabulary: int,
+        k: int,
+        depth: int,
+        template: Tree | None,
+        watches_prompt: bool = False,
+        lookup: bool = False,
     ) -> None:
         self.successors = torch.zeros(vocabulary, k, dtype=torch.int32)
         self.chances = torch.zeros(vocabulary, k)
         self.seen = torch.zeros(vocabulary, dtype=torch.bool)
-        self.template, self.watches_prompt = template, watches_prompt
-        self.wants_cost, self.deepest = template is None, depth
-        self.confidence, self.idle = Confidence(), 0
+        self.streaks: dict[int, int] = {}  # of the rows whose first successor was right the last time
+        self.template, self.watches_prompt, self.deepest = template, watches_prompt, depth
+        self.lookup = LookupDrafter(3, 1, depth, 2) if lookup and template is None else None
+
+    @property
+    def sized(self) -> bool:
+        """Without a template."""
+        return self.template is None
+
+    def begin(self, context: Context) -> None:
+        """The table lives on; what was said before is looked up in this text alone."""
+        if self.lookup is not None:
+            self.lookup.begin(context)
 
     def fill(self, context: Context, tree: Tree) -> list[int]:
         """One gather a depth."""
@@ -106,37 +129,50 @@ class TokenRecycler(Drafter):
         return [int(token) for token in tokens]
 
     def propose(self, context: Context, tree: Tree) -> Draft:
-        """The template, filled; or the tree that pays best in this step."""
-        if self.template is not None:
-            return Draft(self.template, self.fill(context, self.template))
-        assert self.cost is not None
-        self.idle += 1
-        least = 1 if self.idle >= self.EXPLORE else 0
-        shape, tokens, _ = grow(
-            self.candidates, int(context.ids[-1]), self.cost, depth=min(self.deepest, context.room), least=least
-        )
-        if shape.size > 1:
-            self.idle = 0
-        return Draft(shape, tokens)
+        """The template, filled; or any tree that is given."""
+        shape = self.template or tree
+        return Draft(shape, self.fill(context, shape))
 
-    def candidates(self, token: int) -> list[tuple[int, float]]:
-        """Successors of a token with the chance that each is right, the likeliest first."""
-        if not bool(self.seen[token]):
+    def plan(self, context: Context, sizer: Sizer) -> Draft:
+        """As `Drafter`: a walk over rows from the last token on."""
+        root = int(context.ids[-1])
+        repeated = self.lookup.candidates(context, sizer) if self.lookup is not None else None
+
+        def candidates(path: Path) -> list[tuple[int, float]]:
+            found = {
+                token: sizer.confidence.chance(kind, guess)
+                for token, guess, kind in self.row(path[-1] if path else root)
+            }
+            for token, chance in repeated(path) if repeated is not None else ():
+                found[token] = max(chance, found.get(token, 0.0))
+            return sorted(found.items(), key=lambda pair: -pair[1])
+
+        growth = sizer.grow(candidates, min(self.deepest, context.room - 1))
+        return Draft(growth.tree, [root, *growth.labels])
+
+    def row(self, token: int) -> list[tuple[int, float, Hashable]]:
+        """Successors of a token, each with the probability that it had, and the class that it counts in; none if never seen."""
+        if not self.seen[token]:
             return []
-        pairs = zip(self.successors[token].tolist(), self.chances[token].tolist(), strict=True)
-        return [(successor, self.confidence.chance(guess)) for successor, guess in pairs]
+        streak, guesses = self.streaks.get(token, 0), self.chances[token].tolist()
+        kinds = [("row", min(rank, 2), int(guess * self.CLASSES), streak) for rank, guess in enumerate(guesses)]
+        return list(zip(self.successors[token].tolist(), [self.DOUBT * guess for guess in guesses], kinds, strict=True))
+
+    def learn(self, target: Target, verdict: Verdict, sizer: Sizer) -> None:
+        """Whether the rows of the tokens that became text named what came behind them."""
+        if self.lookup is not None:
+            self.lookup.learn(target, verdict, sizer)
+        tokens = [*(target.draft.tokens[node] for node in verdict.path), verdict.token]
+        for parent, truth in pairwise(tokens):
+            row = self.row(parent)
+            for token, _, kind in row:
+                sizer.confidence.learn(kind, token == truth)
+            right = bool(row) and row[0][0] == truth
+            self.streaks[parent] = min(self.STREAK, self.streaks.get(parent, 0) + 1) if right else 0
 
     def observe(self, target: Target, verdict: Verdict) -> None:
-        """Every node's ranking, accepted or not; and how good the guesses on the accepted path were."""
-        draft = target.draft
-        if self.template is None:
-            accepted = set(verdict.path)
-            for node in verdict.path:
-                parent = draft.tokens[node]
-                for child in draft.tree.children[node]:
-                    guess = float(self.chances[parent, draft.tree.ranks[child]])
-                    self.confidence.learn(guess, child in accepted)
-        self.write(draft.tokens, target.logits)
+        """Every node's ranking, accepted or not."""
+        self.write(target.draft.tokens, target.logits)
 
     def observe_prompt(self, ids: Tensor, logits: Tensor) -> None:
         """The prompt's rankings."""
@@ -154,7 +190,7 @@ class TokenRecycler(Drafter):
         nodes, rows = torch.tensor(list(last.values())), torch.tensor(list(last))
         chosen = logits if len(last) == len(logits) else logits[nodes.to(logits.device)]
         best = top_successors(chosen, self.successors.shape[1])
-        chances = (chosen.gather(1, best) - chosen.logsumexp(-1, keepdim=True)).exp()
+        chances = chosen.gather(1, best).softmax(-1)  # of all V would take longer than finding the best
         self.successors[rows], self.chances[rows] = best.to("cpu", torch.int32), chances.to("cpu", torch.float32)
         self.seen[rows] = True
 
@@ -178,6 +214,10 @@ class TokenRecycling(DraftingMethod):
         "auto", description="auto: the tree that pays best here; 2.2.2: the paper's 80 nodes (needs k = 8 or more)"
     )
     depth: int = Field(8, ge=1, le=16, description="deepest candidate, with template=auto")
+    lookup: bool = Field(
+        True,
+        description="with template=auto: draft too what followed the last tokens where they stood before in the text",
+    )
     update_from_prefill: bool = Field(False, description="let prompts write the table too")
 
     def calibrate(self, model: nn.Module, tokens: Tensor) -> Calibration:
@@ -208,7 +248,7 @@ class TokenRecycling(DraftingMethod):
         if self.template == "2.2.2" and self.k < 8:
             raise InputError(f"{self.slug}: the template 2.2.2 needs 8 successors of each token, k is {self.k}")
         template = released_template() if self.template == "2.2.2" else None
-        made = TokenRecycler(head.weight.shape[0], self.k, self.depth, template, self.update_from_prefill)
+        made = TokenRecycler(head.weight.shape[0], self.k, self.depth, template, self.update_from_prefill, self.lookup)
         if calibration is not None:
             calibration = self.require(calibration)
             calibration.check(fingerprint(model))

@@ -464,7 +464,7 @@ class AttentionRuntime:
         if holes is not None or softcap is not None or differentiable:
             return self._exact(query, key, value, scale, starts, window, softcap, holes, dropout)
         if branching:
-            return self._nodes(query, key, value, scale, window)
+            return self._nodes(module, query, key, value, scale, window)
         layer = self._layer(module, scale, window, starts)
         if layer is None:
             return dense_attention(query, key, value, scale, starts=starts, window=window, dropout=dropout)
@@ -520,7 +520,9 @@ class AttentionRuntime:
         self._nodes_mask = (key, mask[None, None].to(device))
         return self._nodes_mask[1]
 
-    def _nodes(self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+    def _nodes(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+    ) -> Tensor:
         """Attention of a tree's nodes: all of them read the cached rows together, each key once, and their ancestors."""
         tree, length = self.tree, key.shape[2]
         assert tree is not None
@@ -535,7 +537,11 @@ class AttentionRuntime:
             grouped = query.reshape(batch, kv_heads, -1, dim)
             out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scale)
             return out.view(batch, heads, nodes, dim)
-        return ops.tree_attention(query, key, value, tree.mask.to(query.device), scale=scale)
+        layer, mask = self._layer(module, scale, window, None), tree.mask.to(query.device)
+        attention = layer.attention() if layer is not None else None
+        if isinstance(attention, ops.PreparedAttention):
+            return attention.tree(query, length, mask, scale=scale)
+        return ops.tree_attention(query, key, value, mask, scale=scale)
 
     def _exact(
         self,

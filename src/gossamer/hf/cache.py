@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -274,13 +275,14 @@ class KVLayer(CacheLayerMixin):
         tail, kept = self.length - start, len(ids)
         if not 0 <= start <= self.length or (self.dropped and start < self._kept):
             raise InputError(f"cannot go back to row {start} of {self.length}: rows were dropped, or it is not there")
-        if not torch.equal(ids, torch.arange(kept)):
-            every = ids.expand(self.batch, self.heads, -1)
+        places = ids.tolist()
+        if any(b <= a for a, b in pairwise([-1, *places])) or (places and places[-1] >= tail):
+            raise InputError(f"cannot accept these of {tail} rows: ids must ascend within them, got {places}")
+        first = sum(place == i for i, place in enumerate(places))  # so many stay where they are
+        if first < kept:
             for storage in (self.key_storage, self.value_storage):
                 rows = storage.narrow(2, start, tail)
-                compact_rows(rows, every.to(storage.device), length=tail)
-        elif kept > tail:
-            raise InputError(f"cannot accept {kept} of {tail} rows")
+                rows.narrow(2, first, kept - first).copy_(rows.index_select(2, ids[first:].to(storage.device)))
         self.length = start + kept
         self._touch(start)
 

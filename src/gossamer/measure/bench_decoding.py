@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gossamer.calibration import Calibration
 from gossamer.data.prompts import QUESTIONS, REPEATING
-from gossamer.decoding import DraftingMethod, Engine
+from gossamer.decoding import PPD, Drafter, DraftingMethod, Engine, ForwardCost, TokenRecycling
 from gossamer.decoding.cost import measure
 from gossamer.errors import InputError
 from gossamer.models import load
@@ -25,7 +27,7 @@ from gossamer.recipe import Recipe, Step
 from gossamer.registry import make, method
 
 #: Drafters that are compared where none are named.
-DRAFTERS = ("prompt-lookup", "token-recycling")
+DRAFTERS = ("prompt-lookup", "token-recycling", "early-exit")
 WARM = 4
 """Questions that warm the drafters' states, untimed."""
 KINDS = {"repeating": REPEATING, "questions": QUESTIONS[WARM:]}
@@ -38,31 +40,39 @@ def run(
     model: str = "smollm2",
     new_tokens: int = 96,
     prompts: int = 6,
+    calibrations: Mapping[str, Path] | None = None,
     progress: Callable[[str], None] = lambda what: None,
 ) -> list[dict[str, Any]]:
     """Rows by dtype, kind of prompt and way: ``tokens_per_forward, nodes_per_forward, ms_per_token, speedup`` (total time of plain
     decoding over this way's), ``low, high`` (of the prompts' own ratios), ``same_text`` (prompts with plain's text; bfloat16
     rounds otherwise with more rows, so ties can fall differently), and ``forward_cost`` of 8 tokens over that of one.
 
+    Args:
+        calibrations: files of drafters that need one; those drafters are compared too.
+
     Raises:
-        InputError: a method that does not draft, or one that needs a calibration.
+        InputError: a method that does not draft, or one that needs a calibration and has none.
     """
-    chosen = []
-    for slug in drafters:
+    files = dict(calibrations or {})
+    chosen: dict[str, tuple[DraftingMethod, Calibration | None]] = {}
+    for slug in dict.fromkeys([*drafters, *files]):
         made = make(slug)
         if not isinstance(made, DraftingMethod):
             raise InputError(f"{slug} does not draft: name methods with the slot drafting")
-        if "calibration" in method(slug).needs:
-            raise InputError(f"{slug} needs a calibration: attach it by a recipe, bench decoding takes those without")
-        chosen.append(made)
+        if "calibration" in method(slug).needs and slug not in files:
+            raise InputError(f"{slug} needs a calibration: make one with `gossamer calibrate {slug}` and give its file")
+        chosen[slug] = made, Calibration.load(files[slug]) if slug in files else None
+        if slug == TokenRecycling.slug:
+            chosen["its table alone"] = TokenRecycling(lookup=False), chosen[slug][1]
     rows = []
     for name in dtypes:
         loaded = load(model)
         call: Any = loaded.model.to(getattr(torch, name))
         with Recipe((Step(make("native-linear")),)).attach(call):
             cost = measure(call)
-            engines = {"plain": Engine(call, chosen[0].drafter(call, None), tree=Tree.chain(0))}
-            engines |= {m.slug: Engine(call, m.drafter(call, None), m.rule(), cost=cost) for m in chosen}
+            engines = {"plain": Engine(call, Drafter(), tree=Tree.chain(0))}
+            for way, (made, calibration) in chosen.items():
+                engines[way] = Engine(call, _drafter(made, call, calibration, cost), made.rule(), cost=cost)
             for kind, texts in KINDS.items():
                 for question in QUESTIONS[:WARM] if kind == "repeating" else ():
                     for engine in engines.values():
@@ -82,6 +92,10 @@ def run(
                         )
                 rows += _rows(name, kind, found, cost.ratio(8))
     return rows
+
+
+def _drafter(made: DraftingMethod, model: Any, calibration: Calibration | None, cost: ForwardCost) -> Drafter:
+    return made.drafter(model, calibration, cost) if isinstance(made, PPD) else made.drafter(model, calibration)
 
 
 def _ids(loaded: Any, text: str) -> Tensor:

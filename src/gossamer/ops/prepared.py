@@ -28,6 +28,7 @@ from gossamer.ops.quantized_kv import (
     quantized_decode_attention,
     row_bytes,
 )
+from gossamer.ops.tree_attention import MAX_NODES, tree_attention
 
 
 class Prepared(ABC):
@@ -160,6 +161,32 @@ class PreparedAttention(Prepared):
         if not self._takes(query, length, starts):
             return decode_attention(query, *self.rows(length, query.device), starts=starts, scale=scale)
         return self._attend(query, length, scale, starts, (0, 0, 0, 0))[0]
+
+    def tree(self, query: Tensor, length: int, mask: Tensor, *, scale: float) -> Tensor:
+        """Attend with the nodes of a tree, whose rows are the last of `length`, as
+        :func:`~gossamer.ops.tree_attention.tree_attention` does; query and result are [B, H, n, d]."""
+        batch, heads, nodes, dim = query.shape
+        lines = query.reshape(batch, heads * nodes, dim)
+        fits = mask.is_cpu and mask.dtype is torch.bool and mask.shape == (nodes, nodes) and nodes <= MAX_NODES
+        if not fits or heads % self.kv_heads or not self._takes(lines, length - nodes, None):
+            return tree_attention(query, *self.rows(length, query.device), mask, scale=scale)
+        lines, mask = lines.contiguous(), mask.contiguous()
+        out = torch.empty((batch, heads, nodes, dim), dtype=self.dtype)
+        lse = torch.empty(batch * heads * nodes)
+        status = self._native.attend_tree(
+            lines.data_ptr(),
+            heads,
+            nodes,
+            out.data_ptr(),
+            lse.data_ptr(),
+            mask.data_ptr(),
+            length,
+            scale,
+            torch.get_num_threads(),
+        )
+        if status < 0:
+            _checks.raise_status("tree_attention", -status)
+        return out
 
     def listed(
         self,

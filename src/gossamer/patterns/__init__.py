@@ -8,7 +8,7 @@ from gossamer.patterns.quantiles import MagnitudeSketch, exact_quantile, thresho
 from gossamer.patterns.schedules import SineStages
 from gossamer.patterns.second_order import second_order_prune
 from gossamer.patterns.structures import Structure, keep_largest, nm_mask
-from gossamer.patterns.trees import Tree, best_tree, expected_tokens
+from gossamer.patterns.trees import Tree
 
 __all__ = [
     "AreaMeter",
@@ -20,11 +20,9 @@ __all__ = [
     "SineStages",
     "Structure",
     "Tree",
-    "best_tree",
     "causal_pairs",
     "choose",
     "exact_quantile",
-    "expected_tokens",
     "keep_largest",
     "nm_mask",
     "resolve",

@@ -125,36 +125,3 @@ class Tree:
     def subtree(self, nodes: int) -> Tree:
         """The first `nodes` nodes below the root, in this order."""
         return Tree(self.parents[: nodes + 1], self.ranks[: nodes + 1])
-
-
-def best_tree(chances: Sequence[Sequence[float]], nodes: int) -> Tree:
-    """The tree of so many nodes below the root with the greatest expected number of accepted ones.
-
-    Args:
-        chances: for each depth the probability that the candidate of rank 0, 1, … is right, given that its parent was. The
-            chance of a path is the product; the best tree holds the likeliest paths.
-
-    >>> best_tree([[0.6, 0.3], [0.5, 0.1]], 3).rank_paths
-    ((), (0,), (1,), (0, 0))
-    """
-    chosen: list[Path] = []
-    open_: dict[Path, float] = {(rank,): chance for rank, chance in enumerate(chances[0])} if chances else {}
-    while len(chosen) < nodes and open_:
-        path = max(open_, key=lambda p: (open_[p], -len(p), tuple(-r for r in p)))
-        value = open_.pop(path)
-        chosen.append(path)
-        if len(path) < len(chances):
-            open_ |= {(*path, rank): value * chance for rank, chance in enumerate(chances[len(path)])}
-    return Tree.of_paths(chosen)
-
-
-def expected_tokens(tree: Tree, chances: Sequence[Sequence[float]]) -> float:
-    """Tokens that a step with this tree yields on average: one, and the chance of every node."""
-    total = 1.0
-    for path in tree.rank_paths[1:]:
-        value = 1.0
-        for depth, rank in enumerate(path):
-            row = chances[depth] if depth < len(chances) else ()
-            value *= row[rank] if rank < len(row) else 0.0
-        total += value
-    return total
