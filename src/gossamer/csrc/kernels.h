@@ -171,22 +171,24 @@ struct SparseMlpArgs {
   int threads;
 };
 
-enum SparseFormat : int { kBlock4x1 = 0, kBlock1x4 = 1, kCsr = 2, kBitmask = 3 };
+enum SparseFormat : int { kBlock4x1 = 0, kBlock1x4 = 1, kCsr = 2, kBitmask = 3, kStream = 4 };
 
 // A weight without its zeros (layout: ops/sparse_formats.py).
 struct SparseLinearArgs {
   const void *x, *bias, *added;  // [N,K], or uint8 where raw; [M] or null; [N,M] or null
   void* out;                     // [N,M], contiguous; int32 where raw
   const void* values;
-  const uint16_t* columns;  // of blocks, or null where masks say it
+  const uint16_t* columns;  // of blocks; null where masks or offsets say it
   const int32_t* pointers;  // null: each row keeps kept_per_row
   const uint64_t* masks;    // [M,ceil(K/64)]
+  const uint8_t *offsets, *counts;  // [n], [M,groups]
   const float* scale;       // [M] with int8
   const int32_t* sums;      // [M] with int8
   const float *act_scale, *act_zero;  // [1], or null for scales of each token
   int64_t x_row, added_row;
   int64_t tokens, inputs, outputs;  // N, K, M
   int64_t kept_per_row;
+  int64_t multiplied;  // weights that are stored
   SparseFormat format;
   int activation;  // an Activation, or -1
   bool int8, raw;

@@ -439,16 +439,17 @@ int sparse_linear(nb::tuple weight, nb::tuple description, nb::tuple tensors, nb
   SparseLinearArgs a{};
   Reader w(weight), d(description), t(tensors), s(sizes);
   a.values = w.pointer<void>(), a.columns = w.pointer<uint16_t>(), a.pointers = w.pointer<int32_t>();
-  a.masks = w.pointer<uint64_t>(), a.scale = w.pointer<float>(), a.sums = w.pointer<int32_t>();
-  a.act_scale = w.pointer<float>(), a.act_zero = w.pointer<float>();
+  a.masks = w.pointer<uint64_t>(), a.offsets = w.pointer<uint8_t>(), a.counts = w.pointer<uint8_t>();
+  a.scale = w.pointer<float>(), a.sums = w.pointer<int32_t>(), a.act_scale = w.pointer<float>();
+  a.act_zero = w.pointer<float>();
   a.outputs = d.next(), a.inputs = d.next(), a.format = SparseFormat(d.next()), a.kept_per_row = d.next();
   a.int8 = d.next() != 0;
-  const int64_t multiplied = d.next();
+  a.multiplied = d.next();
   a.x = t.pointer<void>(), a.bias = t.pointer<void>(), a.added = t.pointer<void>(), a.out = t.pointer<void>();
   a.x_row = s.next(), a.added_row = s.next(), a.tokens = s.next(), a.activation = int(s.next());
   a.raw = s.next() != 0, a.dtype = DType(s.next());
   // A vector of products costs about what four bytes from memory do.
-  a.threads = team(threads, multiplied * (4 + a.tokens / 4));
+  a.threads = team(threads, a.multiplied * (4 + a.tokens / 4));
   return call(active->sparse_linear, a);
 }
 

@@ -59,12 +59,18 @@ Quantised quantised_as(const SparseLinearArgs& a, int64_t token) {
 
 // kLanes inputs as 0 .. 255. Halves round to even.
 GOSSAMER_INLINE vi quantise(vf x, float inverse, int32_t zero) {
+#if defined(GOSSAMER_AVX512)
+  const __m512 bound = _mm512_set1_ps(512.0f), y = _mm512_max_ps(_mm512_sub_ps(_mm512_setzero_ps(), bound), x * inverse);
+  const __m512i q = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_min_ps(y, bound)), _mm512_set1_epi32(zero));
+  return (vi)_mm512_max_epi32(_mm512_setzero_si512(), _mm512_min_epi32(q, _mm512_set1_epi32(255)));
+#else
   vf y = x * inverse;
   y = y < -512.0f ? splat(-512.0f) : y;
   y = y > 512.0f ? splat(512.0f) : y;
   vi q = (vi)(y + 12582912.0f) - splat_i(0x4b400000) + zero;
   q = q < 0 ? vi{} : q;
   return q > 255 ? splat_i(255) : q;
+#endif
 }
 
 template <class T>
@@ -75,7 +81,8 @@ template <>
 GOSSAMER_INLINE vi quantised<uint8_t>(const uint8_t* x, int64_t count, Quantised) {
   typedef uint8_t bytes __attribute__((vector_size(kLanes)));
   bytes b = {};
-  __builtin_memcpy(&b, x, size_t(imin(count, kLanes)));
+  if (count >= kLanes) __builtin_memcpy(&b, x, sizeof b);
+  else __builtin_memcpy(&b, x, size_t(count));
   return __builtin_convertvector(b, vi);
 }
 
@@ -128,6 +135,26 @@ inline void list_bits(const uint64_t* masks, int64_t words, uint16_t* out) {
     for (uint64_t rest = masks[w]; rest; rest &= rest - 1) *out++ = uint16_t(w * 64 + __builtin_ctzll(rest));
 }
 
+// Inputs that share a count of a stream: what one permutation reaches.
+template <class T>
+constexpr int64_t kGroup = 128 / int64_t(sizeof(T));
+
+// Places that a row of a stream names; room for 64 more.
+inline void list_offsets(const uint8_t* offsets, const uint8_t* counts, int64_t groups, int64_t size, uint16_t* out) {
+  typedef uint8_t bytes __attribute__((vector_size(16)));
+  typedef uint16_t halves __attribute__((vector_size(32)));
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t n = counts[g];
+    for (int64_t i = 0; i < n; i += 16) {  // both sides have room
+      bytes b;
+      __builtin_memcpy(&b, offsets + i, sizeof b);
+      const halves h = __builtin_convertvector(b, halves) + uint16_t(g * size);
+      __builtin_memcpy(out + i, &h, sizeof h);
+    }
+    out += n, offsets += n;
+  }
+}
+
 GOSSAMER_INLINE int64_t row_begin(const SparseLinearArgs& a, int64_t row) {
   return a.pointers ? a.pointers[row] : row * a.kept_per_row;
 }
@@ -147,6 +174,11 @@ GOSSAMER_INLINE Blocks blocks_of(const SparseLinearArgs& a, int64_t row, const R
   const int64_t size = a.format == kBlock4x1 || a.format == kBlock1x4 ? 4 : 1;
   const float* values = as_floats(static_cast<const V*>(a.values) + begin * size, count * size, room.values);
   if (a.columns) return {a.columns + begin, values, count};
+  if (a.offsets) {
+    const int64_t groups = ceil_div(a.inputs, kGroup<V>);
+    list_offsets(a.offsets + begin, a.counts + row * groups, groups, kGroup<V>, room.columns);
+    return {room.columns, values, count};
+  }
   const int64_t words = ceil_div(a.inputs, 64);
   list_bits(a.masks + row * words, words, room.columns);
   return {room.columns, values, count};

@@ -1,9 +1,10 @@
 // x times a sparse weight, for the few tokens of a decode step: bound by the bytes of the weight, which streams past once
 // while x waits in the cache.
 //
-// Four outputs of a block are four lanes. Lists of single weights have the tokens as lanes. A bitmask with one or two tokens
-// is expanded, a vector at a time, and multiplied as if it were dense: what has no bit costs no bytes, and arithmetic is
-// cheap here. In 8 bits it is always expanded, 64 weights at a time.
+// Four outputs of a block are four lanes. Lists of single weights have the tokens as lanes. Where the processor permutes
+// vectors: a stream picks the inputs of the next weights out of two vectors of x. A bitmask with one or two tokens is
+// expanded, a vector at a time, and multiplied as if it were dense: what has no bit costs no bytes, and arithmetic is cheap
+// here. In 8 bits it is always expanded, 64 weights at a time.
 #include "sparse_linear.h"
 
 namespace gossamer::GOSSAMER_ISA {
@@ -76,20 +77,20 @@ __attribute__((noinline)) void add_blocks(const uint16_t* columns, const T* valu
 template <class V, int C>
 GOSSAMER_INLINE V add_list(const Blocks& blocks, const float* x) {
   constexpr int64_t L = sizeof(V) / 4;
-  V sum[4] = {};
-  const auto add = [&](V& to, int64_t i) GOSSAMER_LAMBDA {
+  const auto add = [&](V sum, int64_t i) GOSSAMER_LAMBDA {
     const float *w = blocks.values + i * C, *in = x + int64_t(blocks.columns[i]) * C * L;
     GOSSAMER_UNROLL
-    for (int c = 0; c < C; ++c) to = add_product(to, w[c] - V{}, load_as<V>(in + c * L));
+    for (int c = 0; c < C; ++c) sum = add_product(sum, w[c] - V{}, load_as<V>(in + c * L));
+    return sum;
   };
+  V s0 = {}, s1 = {}, s2 = {}, s3 = {};
   int64_t i = 0;
   for (; i + 4 <= blocks.count; i += 4) {
     prefetch(reinterpret_cast<const char*>(blocks.values + i * C) + kAheadBytes);
-    GOSSAMER_UNROLL
-    for (int j = 0; j < 4; ++j) add(sum[j], i + j);
+    s0 = add(s0, i), s1 = add(s1, i + 1), s2 = add(s2, i + 2), s3 = add(s3, i + 3);
   }
-  for (; i < blocks.count; ++i) add(sum[0], i);
-  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  for (; i < blocks.count; ++i) s0 = add(s0, i);
+  return (s0 + s1) + (s2 + s3);
 }
 
 #if defined(GOSSAMER_AVX512)
@@ -98,8 +99,93 @@ GOSSAMER_INLINE const T* next_values(const SparseLinearArgs& a, int64_t row) {
   return static_cast<const T*>(a.values) + row_begin(a, row);
 }
 
+// out[m * kOutputs + r * apart] of R rows of a stream; x [M][line].
+template <int M, int R>
+__attribute__((noinline)) void stream_rows(const SparseLinearArgs& a, int64_t row, int64_t apart, const float* x, int64_t line,
+                                           float* out) {
+  const int64_t groups = ceil_div(a.inputs, 32);
+  const float* values[R];
+  const uint8_t *offsets[R], *counts[R];
+  GOSSAMER_UNROLL
+  for (int r = 0; r < R; ++r) {
+    const int64_t at = row + r * apart;
+    values[r] = next_values<float>(a, at), offsets[r] = a.offsets + a.pointers[at], counts[r] = a.counts + at * groups;
+  }
+  __m512 sum[M * R];
+  GOSSAMER_UNROLL
+  for (int i = 0; i < M * R; ++i) sum[i] = _mm512_setzero_ps();
+  for (int64_t g = 0; g < groups; ++g, x += 32) {
+    __m512 low[M], high[M];
+    GOSSAMER_UNROLL
+    for (int m = 0; m < M; ++m) low[m] = load(x + m * line), high[m] = load(x + m * line + 16);
+    GOSSAMER_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const uint32_t count = counts[r][g];
+      const auto add = [&](int64_t i, uint32_t n) GOSSAMER_LAMBDA {
+        const __mmask16 used = __mmask16(n < 16 ? (1u << n) - 1 : 0xffffu);
+        const __m512i place = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(offsets[r] + i)));
+        const __m512 weight = _mm512_loadu_ps(values[r] + i);
+        GOSSAMER_UNROLL
+        for (int m = 0; m < M; ++m)
+          sum[m * R + r] =
+              _mm512_mask3_fmadd_ps(weight, _mm512_permutex2var_ps(low[m], place, high[m]), sum[m * R + r], used);
+      };
+      add(0, count);
+      if (__builtin_expect(count > 16, 0)) add(16, count - 16);
+      prefetch(reinterpret_cast<const char*>(values[r]) + kAheadBytes);
+      if (g % 8 == 0) prefetch(offsets[r] + kAheadBytes);
+      values[r] += count, offsets[r] += count;
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int r = 0; r < R; ++r) out[m * kOutputs + r * apart] = _mm512_reduce_add_ps(sum[m * R + r]);
+}
+
+template <int M, int R>
+__attribute__((noinline)) void stream_rows(const SparseLinearArgs& a, int64_t row, int64_t apart, const bf16* x, int64_t line,
+                                           float* out) {
+  const int64_t groups = ceil_div(a.inputs, 64);
+  const bf16* values[R];
+  const uint8_t *offsets[R], *counts[R];
+  GOSSAMER_UNROLL
+  for (int r = 0; r < R; ++r) {
+    const int64_t at = row + r * apart;
+    values[r] = next_values<bf16>(a, at), offsets[r] = a.offsets + a.pointers[at], counts[r] = a.counts + at * groups;
+  }
+  __m512 sum[M * R];
+  GOSSAMER_UNROLL
+  for (int i = 0; i < M * R; ++i) sum[i] = _mm512_setzero_ps();
+  for (int64_t g = 0; g < groups; ++g, x += 64) {
+    __m512i low[M], high[M];
+    GOSSAMER_UNROLL
+    for (int m = 0; m < M; ++m) low[m] = _mm512_loadu_si512(x + m * line), high[m] = _mm512_loadu_si512(x + m * line + 32);
+    GOSSAMER_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const uint32_t count = counts[r][g];
+      const auto add = [&](int64_t i, uint32_t n) GOSSAMER_LAMBDA {
+        const __mmask32 used = __mmask32(n < 32 ? (1u << n) - 1 : 0xffffffffu);
+        const __m512i place = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(offsets[r] + i)));
+        const __m512i weight = _mm512_maskz_loadu_epi16(used, values[r] + i);
+        GOSSAMER_UNROLL
+        for (int m = 0; m < M; ++m) {
+          const __m512i in = _mm512_maskz_permutex2var_epi16(used, low[m], place, high[m]);
+          sum[m * R + r] = _mm512_dpbf16_ps(sum[m * R + r], (__m512bh)weight, (__m512bh)in);
+        }
+      };
+      add(0, count);
+      if (__builtin_expect(count > 32, 0)) add(32, count - 32);
+      prefetch(reinterpret_cast<const char*>(values[r]) + kAheadBytes);
+      if (g % 4 == 0) prefetch(offsets[r] + kAheadBytes);
+      values[r] += count, offsets[r] += count;
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int r = 0; r < R; ++r) out[m * kOutputs + r * apart] = _mm512_reduce_add_ps(sum[m * R + r]);
+}
+
 // sums[m * kOutputs + r * apart] of R rows of a bitmask; x [M][line] in floats, line in whole words of the mask.
-template <int M, int R, class T>
+// Thin: few enough weights that half a vector of them nearly always fills a vector of inputs, and crosses fewer cache lines.
+template <int M, int R, bool kThin, class T>
 __attribute__((noinline)) void expand_rows(const SparseLinearArgs& a, int64_t row, int64_t apart, const float* x, int64_t line,
                                            float* out) {
   const int64_t words = line / 64;
@@ -115,9 +201,15 @@ __attribute__((noinline)) void expand_rows(const SparseLinearArgs& a, int64_t ro
       prefetch(reinterpret_cast<const char*>(values[r]) + kAheadBytes);
       GOSSAMER_UNROLL
       for (int q = 0; q < 4; ++q) {
-        const __mmask16 bits = __mmask16(mask >> 16 * q);
-        const vf weight = _mm512_maskz_expand_ps(bits, load(values[r]));
-        values[r] += __builtin_popcount(bits);
+        const uint32_t bits = uint16_t(mask >> 16 * q);
+        const int count = __builtin_popcount(bits);
+        vf some;
+        if constexpr (kThin && sizeof(T) == 4)
+          some = __builtin_expect(count <= 8, 1) ? (vf)_mm512_castps256_ps512(_mm256_loadu_ps(values[r])) : load(values[r]);
+        else
+          some = load(values[r]);
+        const vf weight = _mm512_maskz_expand_ps(__mmask16(bits), some);
+        values[r] += count;
         GOSSAMER_UNROLL
         for (int m = 0; m < M; ++m) sum[m * R + r] = fma(weight, load(x + m * line + 16 * q), sum[m * R + r]);
       }
@@ -189,18 +281,12 @@ inline void add_integers(const uint16_t* columns, const int8_t* values, int64_t 
   for (int64_t m = 0; m < rows; ++m) out[m * kOutputs] = sum[m];
 }
 
-template <class F>
+// Runs f<M>() for a number of tokens M that is known only now, at most kMost.
+template <int kMost = 8, class F>
 GOSSAMER_INLINE void for_tokens(int64_t tokens, const F& f) {
-  switch (tokens) {
-    case 1: f.template operator()<1>(); break;
-    case 2: f.template operator()<2>(); break;
-    case 3: f.template operator()<3>(); break;
-    case 4: f.template operator()<4>(); break;
-    case 5: f.template operator()<5>(); break;
-    case 6: f.template operator()<6>(); break;
-    case 7: f.template operator()<7>(); break;
-    default: f.template operator()<8>();
-  }
+  if constexpr (kMost > 1)
+    if (tokens < kMost) return for_tokens<kMost - 1>(tokens, f);
+  f.template operator()<kMost>();
 }
 
 // Strips of 64 outputs go to whichever thread is free; make(thread, first output, how many, sums [tokens][64]).
@@ -231,7 +317,9 @@ class Few {
   explicit Few(const SparseLinearArgs& args) : a(args), finish(args, nullptr) {
 #if defined(GOSSAMER_AVX512)
     expands = a.masks && a.tokens <= 2;
-    pairs = expands && sizeof(T) == 2 && has_vbmi2();
+    streams = a.offsets;
+    pairs = (streams || (expands && has_vbmi2())) && sizeof(T) == 2;
+    thin = a.multiplied * 20 <= a.inputs * a.outputs * 7 || (!a.pointers && a.kept_per_row * 2 <= a.inputs);
 #endif
     line = ceil_div(a.inputs, 64) * 64;
     width = a.format == kBlock4x1 ? a.tokens : a.tokens <= 4 ? 4 : 8;
@@ -239,12 +327,14 @@ class Few {
 
   Status run() {
     scratch.layout([&](Scratch& s) {
-      s.take(x, expands ? (pairs ? 0 : a.tokens * line) : ceil_div(a.inputs, 4) * 4 * width);
+      s.take(x, expands || streams ? (pairs ? 0 : a.tokens * line) : ceil_div(a.inputs, 4) * 4 * width);
       s.take(raw, pairs ? a.tokens * line : 0);
       room.layout(s, a);
     });
     read();
-    if (expands)
+    if (streams)
+      run_strips(a, finish, [&](int, int64_t m, int64_t count, uint32_t* out) { stream(m, count, reinterpret_cast<float*>(out)); });
+    else if (expands)
       run_strips(a, finish, [&](int, int64_t m, int64_t count, uint32_t* out) { expand(m, count, reinterpret_cast<float*>(out)); });
     else if (a.format == kBlock4x1)
       run_strips(a, finish, [&](int, int64_t m, int64_t count, uint32_t* out) { blocks(m, count, reinterpret_cast<float*>(out)); });
@@ -264,7 +354,7 @@ class Few {
         __builtin_memcpy(raw + m * line, in + m * a.x_row, size_t(a.inputs) * sizeof(T));
         __builtin_memset(raw + m * line + a.inputs, 0, size_t(line - a.inputs) * sizeof(T));
       }
-    } else if (expands) {
+    } else if (expands || streams) {
       for (int64_t m = 0; m < a.tokens; ++m)
         for (int64_t k = 0; k < line; k += kLanes)
           store(x + m * line + k, k < a.inputs ? load_some(in + m * a.x_row + k, a.inputs - k) : vf{});
@@ -300,13 +390,31 @@ class Few {
       width == 4 ? list_as<v4, 1>(mine, first, count, out) : list_as<v8, 1>(mine, first, count, out);
   }
 
+  // Four tokens at a time: so many vectors of x stay in registers over all streams.
+  void stream(int64_t first, int64_t count, float* out) {
+#if defined(GOSSAMER_AVX512)
+    const T* in;
+    if constexpr (sizeof(T) == 2) in = raw;
+    else in = x;
+    for (int64_t t = 0; t < a.tokens; t += 4)
+      for_tokens<4>(imin(4, a.tokens - t), [&]<int M>() GOSSAMER_LAMBDA {
+        in_streams(count, [&]<int R>(int64_t i, int64_t apart) GOSSAMER_LAMBDA {
+          stream_rows<M, R>(a, first + i, apart, in + t * line, line, out + t * kOutputs + i);
+        });
+      });
+#else
+    (void)first, (void)count, (void)out;
+#endif
+  }
+
   void expand(int64_t first, int64_t count, float* out) {
 #if defined(GOSSAMER_AVX512)
     const auto go = [&]<int M>() GOSSAMER_LAMBDA {
       in_streams(count, [&]<int R>(int64_t i, int64_t apart) GOSSAMER_LAMBDA {
         if constexpr (sizeof(T) == 2)
           if (pairs) return expand_pairs<M, R>(a, first + i, apart, raw, line, out + i);
-        expand_rows<M, R, T>(a, first + i, apart, x, line, out + i);
+        if (thin) expand_rows<M, R, true, T>(a, first + i, apart, x, line, out + i);
+        else expand_rows<M, R, false, T>(a, first + i, apart, x, line, out + i);
       });
     };
     a.tokens == 1 ? go.template operator()<1>() : go.template operator()<2>();
@@ -317,7 +425,7 @@ class Few {
 
   const SparseLinearArgs& a;
   const Finish<T> finish;
-  bool expands = false, pairs = false;
+  bool expands = false, streams = false, pairs = false, thin = false;
   int64_t line, width;
   float* x;
   bf16* raw;

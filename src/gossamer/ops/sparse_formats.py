@@ -8,11 +8,14 @@ and on the rows of a call:
     ``x``. In 8 bits, four kept blocks of a block row stand side by side, as VNNI instructions take them (grouped BSR).
 ``"1x4"``
     One output at four neighbouring inputs. Fast for few rows; for many, nothing that is read is shared.
+``"stream"``
+    Any zeros: the values of a row, where each lies in its group of 32 inputs (2-byte values: 64) in one byte, and how many a
+    group has. The fastest for few rows.
 ``"bitmask"``
-    Any zeros: one bit for each weight, and the values of a row. The smallest from 6 % to 94 % zeros (2-byte values: from
-    12 %), and read as a stream: for few rows. In 8 bits, 64 weights are expanded and multiplied at a time.
+    Any zeros: one bit for each weight, and the values of a row. The smallest up to 87 % zeros. In 8 bits, 64 weights are
+    expanded and multiplied at a time.
 ``"csr"``
-    Any zeros: the inputs and values of a row. The smallest above that; for few weights among many.
+    Any zeros: the inputs and values of a row. The smallest for very few weights among many.
 ``"2:4"`` and any other ``"N:M"``
     At most N of every M neighbouring inputs: as the bitmask, with nothing to say where a row begins.
 """
@@ -30,15 +33,15 @@ from torch import Tensor
 
 from gossamer.errors import InputError
 
-FORMATS = ("4x1", "1x4", "csr", "bitmask")
+FORMATS = ("4x1", "1x4", "csr", "bitmask", "stream")
 """Formats by name; ``"N:M"`` besides."""
 INT8_FORMATS = ("4x1", "bitmask")
 """Formats that hold 8-bit values."""
 MAX_INPUTS = 1 << 16
 SLACK = 64
-"""Zeros behind the values of a bitmask: whole vectors are loaded before it is known how many elements count."""
-_CODES = {"4x1": 0, "1x4": 1, "csr": 2, "bitmask": 3}
-_TENSORS = ("values", "columns", "pointers", "masks", "scale", "sums", "act_scale", "act_zero")
+"""Zeros behind the values of a bitmask or stream: whole vectors are loaded before it is known how many elements count."""
+_CODES = {"4x1": 0, "1x4": 1, "csr": 2, "bitmask": 3, "stream": 4}
+_TENSORS = ("values", "columns", "pointers", "masks", "offsets", "counts", "scale", "sums", "act_scale", "act_zero")
 _CHUNK = 1 << 22  # weights that become masks at a time: they need eight bytes each on the way
 
 
@@ -78,11 +81,13 @@ class SparseWeight:
         shape: (out, in).
         values: float32, bfloat16 or another float, or int8. ``"4x1"`` [n, 4]: the four outputs of each block; in 8 bits
             [groups, 4 outputs, 4 blocks], a block row's last group filled up with zeros. ``"1x4"`` [n, 4]: four inputs.
-            ``"csr"`` [n]. ``"bitmask"`` and N:M [n + 64]: row after row, and 64 zeros.
+            ``"csr"`` [n]. ``"bitmask"``, ``"stream"`` and N:M [n + 64]: row after row, and 64 zeros.
         columns: uint16 [n], or [groups, 4]: the input of a block (``"1x4"``: divided by 4), ascending in a block row; what
-            fills up a group repeats the last. None for masks.
+            fills up a group repeats the last. None for masks and streams.
         pointers: int32 [B + 1]: where a block row begins, in blocks (8-bit ``"4x1"``: groups). None for N:M.
         masks: int64 [out, ceil(in / 64)]: bit k % 64 of word k // 64 is set where input k is kept. None for others.
+        offsets: uint8 [n + 64], of a stream: the input of a value, counted from the beginning of its group; 64 zeros.
+        counts: uint8 [out, ceil(in / group)], of a stream: values of each group of inputs.
         scale: float32 [out], with int8: a weight is ``value * scale``.
         sums: int32 [out], with int8: the sum of an output's values, which a zero point of the inputs multiplies.
         act_scale, act_zero: float32 [] with int8, or None: inputs are quantised to ``round(x / act_scale) + act_zero`` in
@@ -98,6 +103,8 @@ class SparseWeight:
     columns: Tensor | None = None
     pointers: Tensor | None = None
     masks: Tensor | None = None
+    offsets: Tensor | None = None
+    counts: Tensor | None = None
     scale: Tensor | None = None
     sums: Tensor | None = None
     act_scale: Tensor | None = None
@@ -110,6 +117,16 @@ class SparseWeight:
     def int8(self) -> bool:
         """Whether values and inputs are multiplied in 8 bits."""
         return self.values.dtype is torch.int8
+
+    @property
+    def slack(self) -> int:
+        """Zeros behind the values."""
+        return SLACK if self.masks is not None or self.offsets is not None else 0
+
+    @property
+    def group(self) -> int:
+        """Inputs that share a count of a stream."""
+        return 128 // self.values.element_size()
 
     @property
     def grouped(self) -> bool:
@@ -150,7 +167,7 @@ class SparseWeight:
     @cached_property
     def multiplied(self) -> int:
         """Stored weights, zeros inside blocks and groups included: the products that a row of x costs."""
-        return int(self.values.numel()) - (SLACK if self.masks is not None else 0)
+        return int(self.values.numel()) - self.slack
 
     def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """``W [out, in]``; float32 (of ``dtype``) from 8 bits, with the scales applied.
@@ -176,6 +193,15 @@ class SparseWeight:
         counts = self.pointers.diff().long()
         return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
 
+    def column(self) -> Tensor:
+        """int64 [n]: the input of each value or block (``"1x4"``: divided by 4; [groups, 4] in groups); not of masks."""
+        if self.offsets is None or self.counts is None:
+            assert self.columns is not None
+            return self.columns.long()
+        counts = self.counts.long()
+        starts = self.group * torch.arange(counts.shape[1], device=counts.device).expand_as(counts)
+        return self.offsets[: len(self.offsets) - SLACK] + torch.repeat_interleave(starts.flatten(), counts.flatten())
+
     @cached_property
     def kept_per_row(self) -> int:
         """Values of a row of N:M."""
@@ -185,7 +211,7 @@ class SparseWeight:
     @cached_property
     def native(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """What the kernels are told of it: addresses, then the code of the format and sizes."""
-        parts = (self.values, self.columns, self.pointers, self.masks, self.scale, self.sums, self.act_scale, self.act_zero)
+        parts = [getattr(self, name) for name in _TENSORS]
         code = _CODES["bitmask" if parse_nm(self.format) else self.format]
         addresses = tuple(0 if t is None else t.data_ptr() for t in parts)
         return addresses, (*self.shape, code, self.kept_per_row, int(self.int8), self.multiplied)
@@ -203,7 +229,7 @@ def pack(
 
     Args:
         weight: any float dtype, which the values keep; any strides; at most 65,536 inputs.
-        format: ``"4x1"``, ``"1x4"``, ``"csr"``, ``"bitmask"`` or ``"N:M"``.
+        format: ``"4x1"``, ``"1x4"``, ``"csr"``, ``"bitmask"``, ``"stream"`` or ``"N:M"``.
         int8: round to 8 bits, symmetric, one scale for each output; zeros stay zeros. ``"4x1"`` and ``"bitmask"`` only.
         act_scale, act_zero: how inputs are quantised, if not by each row itself; with ``int8`` only.
 
@@ -247,6 +273,17 @@ def _packed(weight: Tensor, format: str) -> dict[str, Tensor]:
         kept = weight != 0 if nm is None else _kept_of_groups(weight, *nm)
         found = {"values": torch.cat([weight[kept], weight.new_zeros(SLACK)]), "masks": _masks(kept)}
         return found if nm is not None else {**found, "pointers": _pointers(kept.sum(1))}
+    if format == "stream":
+        group = 128 // weight.element_size()
+        kept = weight != 0
+        counts = torch.nn.functional.pad(kept, (0, -inputs % group)).view(outputs, -1, group).sum(2).to(torch.uint8)
+        offsets = (kept.nonzero()[:, 1] % group).to(torch.uint8)
+        return {
+            "values": torch.cat([weight[kept], weight.new_zeros(SLACK)]),
+            "offsets": torch.cat([offsets, offsets.new_zeros(SLACK)]),
+            "counts": counts,
+            "pointers": _pointers(kept.sum(1)),
+        }
     if format == "csr":
         kept = weight != 0
         columns = kept.nonzero()[:, 1].to(torch.uint16)
@@ -328,11 +365,10 @@ def _dense(packed: SparseWeight) -> Tensor:
         dense = values.new_zeros(outputs, inputs)
         dense[_bits(packed)] = values[: len(values) - SLACK]
         return dense
-    assert packed.columns is not None
-    rows, columns = packed.row(), packed.columns.long()
-    if packed.format == "csr":
+    rows, columns = packed.row(), packed.column()
+    if packed.format in ("csr", "stream"):
         dense = values.new_zeros(outputs, inputs)
-        dense[rows, columns] = values
+        dense[rows, columns] = values[: len(columns)]
         return dense
     if packed.format == "1x4":
         wide = values.new_zeros(outputs, -(-inputs // 4), 4)
@@ -365,16 +401,18 @@ def _check(w: SparseWeight) -> None:
     want(w.format in FORMATS or nm is not None, f"the format is one of {', '.join(FORMATS)} or N:M")
     _check_shape(w.format, w.shape)
     outputs, inputs = w.shape
-    blocked, masked = w.format in ("4x1", "1x4"), w.format == "bitmask" or nm is not None
+    blocked, masked, stream = w.format in ("4x1", "1x4"), w.format == "bitmask" or nm is not None, w.format == "stream"
     want(w.values.dtype.is_floating_point or (w.int8 and w.format in INT8_FORMATS), f"values cannot be {w.values.dtype}")
     dims = 3 if w.grouped else 2 if blocked else 1
     want(w.values.dim() == dims and tuple(w.values.shape[1:]) == (4,) * (dims - 1), "values have the wrong shape")
     block_rows = -(-outputs // 4) if w.format == "4x1" else outputs
-    count = len(w.values) - (SLACK if masked else 0)
+    count = len(w.values) - (SLACK if masked or stream else 0)
     rules: tuple[tuple[str, bool, torch.dtype, tuple[int, ...]], ...] = (
-        ("columns", not masked, torch.uint16, (count, 4) if w.grouped else (count,)),
+        ("columns", not (masked or stream), torch.uint16, (count, 4) if w.grouped else (count,)),
         ("pointers", nm is None, torch.int32, (block_rows + 1,)),
         ("masks", masked, torch.int64, (outputs, -(-inputs // 64))),
+        ("offsets", stream, torch.uint8, (count + SLACK,)),
+        ("counts", stream, torch.uint8, (outputs, -(-inputs // w.group))),
         ("scale", w.int8, torch.float32, (outputs,)),
         ("sums", w.int8, torch.int32, (outputs,)),
         ("act_scale", w.int8 and w.act_scale is not None, torch.float32, ()),
@@ -402,6 +440,11 @@ def _check(w: SparseWeight) -> None:
             want(not bool((w.masks[:, -1] >> (inputs % 64)).any()), "masks name an input that is not there")
         wanted = w.pointers.diff() if w.pointers is not None else torch.full_like(bits, w.kept_per_row)
         want(count == int(bits.sum()) and bool((bits == wanted).all()), "masks keep another number of values than there are")
+    if w.offsets is not None and w.counts is not None and w.pointers is not None:
+        counted = w.counts.sum(1, dtype=torch.int64)
+        want(bool((counted == w.pointers.diff()).all()), "counts keep another number of values than there are")
+        want(count == 0 or int(w.column().max()) < inputs, "offsets name an input that is not there")
+        want(not w.offsets.numel() or int(w.offsets.max()) < w.group, "offsets name an input that is not there")
     if w.act_scale is not None and w.act_zero is not None:
         scale, zero = float(w.act_scale), float(w.act_zero)
         want(0 < scale < float("inf") and zero in range(256), "act_scale must be positive and act_zero in 0 .. 255")

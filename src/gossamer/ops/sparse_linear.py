@@ -58,7 +58,7 @@ def sparse_linear(
     _check(x, weight, bias, activation, added)
     if torch.compiler.is_compiling():
         w = weight
-        parts = (w.values, w.columns, w.pointers, w.masks, w.scale, w.sums, w.act_scale, w.act_zero)
+        parts = (w.values, w.columns, w.pointers, w.masks, w.offsets, w.counts, w.scale, w.sums, w.act_scale, w.act_zero)
         traced: Tensor = torch.ops.gossamer.sparse_linear(x, *parts, w.format, *w.shape, bias, activation, added)
         return traced
     return _run(x, weight, bias, activation, added)
@@ -173,6 +173,8 @@ def _traced(
     columns: Tensor | None,
     pointers: Tensor | None,
     masks: Tensor | None,
+    offsets: Tensor | None,
+    counts: Tensor | None,
     scale: Tensor | None,
     sums: Tensor | None,
     act_scale: Tensor | None,
@@ -192,6 +194,8 @@ def _traced(
         "columns": columns,
         "pointers": pointers,
         "masks": masks,
+        "offsets": offsets,
+        "counts": counts,
         "scale": scale,
         "sums": sums,
         "act_scale": act_scale,
@@ -212,6 +216,8 @@ def _fake(
     columns: Tensor | None,
     pointers: Tensor | None,
     masks: Tensor | None,
+    offsets: Tensor | None,
+    counts: Tensor | None,
     scale: Tensor | None,
     sums: Tensor | None,
     act_scale: Tensor | None,
