@@ -173,8 +173,9 @@ GOSSAMER_INLINE Blocks blocks_of(const SparseLinearArgs& a, int64_t row, const R
   const int64_t begin = row_begin(a, row), count = row_begin(a, row + 1) - begin;
   const int64_t size = a.format == kBlock4x1 || a.format == kBlock1x4 ? 4 : 1;
   const float* values = as_floats(static_cast<const V*>(a.values) + begin * size, count * size, room.values);
-  if (a.columns) return {a.columns + begin, values, count};
-  if (a.offsets) {
+  // By the format: a weight of zeros has no columns to point to.
+  if (a.format <= kCsr) return {a.columns + begin, values, count};
+  if (a.format == kStream) {
     const int64_t groups = ceil_div(a.inputs, kGroup<V>);
     list_offsets(a.offsets + begin, a.counts + row * groups, groups, kGroup<V>, room.columns);
     return {room.columns, values, count};

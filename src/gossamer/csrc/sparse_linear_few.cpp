@@ -316,8 +316,8 @@ class Few {
  public:
   explicit Few(const SparseLinearArgs& args) : a(args), finish(args, nullptr) {
 #if defined(GOSSAMER_AVX512)
-    expands = a.masks && a.tokens <= 2;
-    streams = a.offsets;
+    expands = a.format == kBitmask && a.tokens <= 2;
+    streams = a.format == kStream;
     pairs = (streams || (expands && has_vbmi2())) && sizeof(T) == 2;
     thin = a.multiplied * 20 <= a.inputs * a.outputs * 7 || (!a.pointers && a.kept_per_row * 2 <= a.inputs);
 #endif

@@ -146,7 +146,9 @@ class SparseWeight:
         """
         unknown = set(tensors) - set(_TENSORS)
         if unknown or "values" not in tensors:
-            raise InputError(f"sparse weight: want tensors among {', '.join(_TENSORS)}, got {', '.join(sorted(tensors))}")
+            raise InputError(
+                f"sparse weight: want tensors among {', '.join(_TENSORS)}, got {', '.join(sorted(tensors))}"
+            )
         return cls(format, (int(shape[0]), int(shape[1])), **tensors)
 
     @cached_property
@@ -255,7 +257,11 @@ def pack(
             raise InputError(f"sparse weight: 8 bits go with {' and '.join(INT8_FORMATS)}, not with {format}")
         if not bool(torch.isfinite(weight).all()):
             raise InputError("sparse weight: the weight has NaN or infinite elements, which 8 bits cannot hold")
-        scale = weight.float().abs().amax(1).clamp_min(1e-12) / 127 if weight.numel() else weight.new_ones(len(weight)).float()
+        scale = (
+            weight.float().abs().amax(1).clamp_min(1e-12) / 127
+            if weight.numel()
+            else weight.new_ones(len(weight)).float()
+        )
         weight = (weight.float() / scale[:, None]).round().clamp_(-127, 127).to(torch.int8)
         extra = {"scale": scale, "sums": weight.sum(1, dtype=torch.int32)}
         if act_scale is not None:
@@ -306,11 +312,8 @@ def _groups(values: Tensor, columns: Tensor, counts: Tensor) -> dict[str, Tensor
     pointers, starts = _pointers(groups), counts.cumsum(0) - counts
     rows = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
     place = 4 * pointers[:-1].long()[rows] + torch.arange(len(rows), device=counts.device) - starts[rows]
-    if len(columns):
-        last = columns[(starts + counts - 1).clamp(0, len(columns) - 1)]
-        filled = torch.repeat_interleave(last, 4 * groups)
-    else:
-        filled = columns
+    last = columns[(starts + counts - 1).clamp(0, len(columns) - 1)] if len(columns) else torch.zeros_like(counts)
+    filled = torch.repeat_interleave(last, 4 * groups)
     filled[place] = columns
     wide = values.new_zeros(len(filled), 4)
     wide[place] = values
@@ -389,7 +392,9 @@ def _check_shape(format: str, shape: tuple[int, int]) -> None:
         raise InputError(f"sparse weight: takes up to {MAX_INPUTS} inputs, got {list(shape)}")
     nm = parse_nm(format)
     if nm is not None and (not 1 <= nm[0] <= nm[1] or inputs % nm[1]):
-        raise InputError(f"sparse weight: {format} needs 1 <= N <= M and inputs in whole groups of {nm[1]}, got {inputs}")
+        raise InputError(
+            f"sparse weight: {format} needs 1 <= N <= M and inputs in whole groups of {nm[1]}, got {inputs}"
+        )
 
 
 def _check(w: SparseWeight) -> None:
@@ -402,7 +407,9 @@ def _check(w: SparseWeight) -> None:
     _check_shape(w.format, w.shape)
     outputs, inputs = w.shape
     blocked, masked, stream = w.format in ("4x1", "1x4"), w.format == "bitmask" or nm is not None, w.format == "stream"
-    want(w.values.dtype.is_floating_point or (w.int8 and w.format in INT8_FORMATS), f"values cannot be {w.values.dtype}")
+    want(
+        w.values.dtype.is_floating_point or (w.int8 and w.format in INT8_FORMATS), f"values cannot be {w.values.dtype}"
+    )
     dims = 3 if w.grouped else 2 if blocked else 1
     want(w.values.dim() == dims and tuple(w.values.shape[1:]) == (4,) * (dims - 1), "values have the wrong shape")
     block_rows = -(-outputs // 4) if w.format == "4x1" else outputs
@@ -439,7 +446,10 @@ def _check(w: SparseWeight) -> None:
         if inputs % 64 and w.masks.numel():
             want(not bool((w.masks[:, -1] >> (inputs % 64)).any()), "masks name an input that is not there")
         wanted = w.pointers.diff() if w.pointers is not None else torch.full_like(bits, w.kept_per_row)
-        want(count == int(bits.sum()) and bool((bits == wanted).all()), "masks keep another number of values than there are")
+        want(
+            count == int(bits.sum()) and bool((bits == wanted).all()),
+            "masks keep another number of values than there are",
+        )
     if w.offsets is not None and w.counts is not None and w.pointers is not None:
         counted = w.counts.sum(1, dtype=torch.int64)
         want(bool((counted == w.pointers.diff()).all()), "counts keep another number of values than there are")

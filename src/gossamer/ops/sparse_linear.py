@@ -58,7 +58,18 @@ def sparse_linear(
     _check(x, weight, bias, activation, added)
     if torch.compiler.is_compiling():
         w = weight
-        parts = (w.values, w.columns, w.pointers, w.masks, w.offsets, w.counts, w.scale, w.sums, w.act_scale, w.act_zero)
+        parts = (
+            w.values,
+            w.columns,
+            w.pointers,
+            w.masks,
+            w.offsets,
+            w.counts,
+            w.scale,
+            w.sums,
+            w.act_scale,
+            w.act_zero,
+        )
         traced: Tensor = torch.ops.gossamer.sparse_linear(x, *parts, w.format, *w.shape, bias, activation, added)
         return traced
     return _run(x, weight, bias, activation, added)
@@ -135,8 +146,20 @@ def _run(x: Tensor, w: SparseWeight, bias: Tensor | None, activation: str | None
     native().sparse_linear(
         addresses,
         description,
-        (x.data_ptr(), 0 if bias is None else bias.data_ptr(), 0 if added is None else added.data_ptr(), out.data_ptr()),
-        (x.stride(0), added_rows, rows, -1 if activation is None else _CODES[activation], int(raw), DTYPE_CODES.get(x.dtype, 0)),
+        (
+            x.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            0 if added is None else added.data_ptr(),
+            out.data_ptr(),
+        ),
+        (
+            x.stride(0),
+            added_rows,
+            rows,
+            -1 if activation is None else _CODES[activation],
+            int(raw),
+            DTYPE_CODES.get(x.dtype, 0),
+        ),
         torch.get_num_threads(),
     )
     return out
