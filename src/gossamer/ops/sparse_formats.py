@@ -113,6 +113,10 @@ class SparseWeight:
     def __post_init__(self) -> None:
         _check(self)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy has tensors of its own, so addresses that are kept with these must not go along."""
+        return SparseWeight.from_tensors, (self.format, self.shape, self.tensors())
+
     @property
     def int8(self) -> bool:
         """Whether values and inputs are multiplied in 8 bits."""
@@ -355,9 +359,8 @@ def _kept_of_groups(weight: Tensor, n: int, m: int) -> Tensor:
 def _bits(packed: SparseWeight) -> Tensor:
     assert packed.masks is not None
     shift = torch.arange(64, device=packed.masks.device)
-    parts = []
-    for words in packed.masks.split(max(1, _CHUNK // max(1, packed.shape[1]))):
-        parts.append(((words[..., None] >> shift) & 1).bool().flatten(1)[:, : packed.shape[1]])
+    chunks = packed.masks.split(max(1, _CHUNK // max(1, packed.shape[1])))
+    parts = [((words[..., None] >> shift) & 1).bool().flatten(1)[:, : packed.shape[1]] for words in chunks]
     return torch.cat(parts) if parts else packed.masks.new_zeros(packed.shape, dtype=torch.bool)
 
 
