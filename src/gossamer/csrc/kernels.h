@@ -171,6 +171,31 @@ struct SparseMlpArgs {
   int threads;
 };
 
+enum SparseFormat : int { kBlock4x1 = 0, kBlock1x4 = 1, kCsr = 2, kBitmask = 3, kStream = 4 };
+
+// A weight without its zeros (layout: ops/sparse_formats.py).
+struct SparseLinearArgs {
+  const void *x, *bias, *added;  // [N,K], or uint8 where raw; [M] or null; [N,M] or null
+  void* out;                     // [N,M], contiguous; int32 where raw
+  const void* values;
+  const uint16_t* columns;  // of blocks; null where masks or offsets say it
+  const int32_t* pointers;  // null: each row keeps kept_per_row
+  const uint64_t* masks;    // [M,ceil(K/64)]
+  const uint8_t *offsets, *counts;  // [n], [M,groups]
+  const float* scale;       // [M] with int8
+  const int32_t* sums;      // [M] with int8
+  const float *act_scale, *act_zero;  // [1], or null for scales of each token
+  int64_t x_row, added_row;
+  int64_t tokens, inputs, outputs;  // N, K, M
+  int64_t kept_per_row;
+  int64_t multiplied;  // weights that are stored
+  SparseFormat format;
+  int activation;  // an Activation, or -1
+  bool int8, raw;
+  DType dtype;  // of x, bias, added, out; and of the values where they are not int8
+  int threads;
+};
+
 struct ChannelSparseArgs {
   const void *x, *weight, *bias;  // [M,K], [K,N], [N] or null
   const float *threshold, *scale;  // [K] or one, or null for 0; [K] or null
@@ -326,6 +351,7 @@ struct Kernels {
   Status (*tree_attention)(const TreeArgs&);
   Status (*delta_linear)(const DeltaArgs&);
   Status (*channel_sparse_linear)(const ChannelSparseArgs&);
+  Status (*sparse_linear)(const SparseLinearArgs&);
   float (*read_all)(const float*, int64_t, int);
   Status (*attention_row)(const AttentionRowArgs&);
   Status (*attention_columns)(const AttentionColumnsArgs&);
@@ -353,6 +379,7 @@ struct Kernels {
   Status tree_attention(const TreeArgs&);                  \
   Status delta_linear(const DeltaArgs&);                   \
   Status channel_sparse_linear(const ChannelSparseArgs&);  \
+  Status sparse_linear(const SparseLinearArgs&);           \
   float read_all(const float* data, int64_t size, int threads); \
   Status attention_row(const AttentionRowArgs&);           \
   Status attention_columns(const AttentionColumnsArgs&);   \

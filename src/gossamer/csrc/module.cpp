@@ -30,6 +30,7 @@ namespace {
     .tree_attention = isa::tree_attention,                      \
     .delta_linear = isa::delta_linear,                          \
     .channel_sparse_linear = isa::channel_sparse_linear,        \
+    .sparse_linear = isa::sparse_linear,                        \
     .read_all = isa::read_all,                                  \
     .attention_row = isa::attention_row,                        \
     .attention_columns = isa::attention_columns,                \
@@ -459,6 +460,24 @@ int channel_sparse_linear(nb::tuple tensors, nb::tuple sizes, bool per_channel, 
   return call(active->channel_sparse_linear, a);
 }
 
+int sparse_linear(nb::tuple weight, nb::tuple description, nb::tuple tensors, nb::tuple sizes, int threads) {
+  SparseLinearArgs a{};
+  Reader w(weight), d(description), t(tensors), s(sizes);
+  a.values = w.pointer<void>(), a.columns = w.pointer<uint16_t>(), a.pointers = w.pointer<int32_t>();
+  a.masks = w.pointer<uint64_t>(), a.offsets = w.pointer<uint8_t>(), a.counts = w.pointer<uint8_t>();
+  a.scale = w.pointer<float>(), a.sums = w.pointer<int32_t>(), a.act_scale = w.pointer<float>();
+  a.act_zero = w.pointer<float>();
+  a.outputs = d.next(), a.inputs = d.next(), a.format = SparseFormat(d.next()), a.kept_per_row = d.next();
+  a.int8 = d.next() != 0;
+  a.multiplied = d.next();
+  a.x = t.pointer<void>(), a.bias = t.pointer<void>(), a.added = t.pointer<void>(), a.out = t.pointer<void>();
+  a.x_row = s.next(), a.added_row = s.next(), a.tokens = s.next(), a.activation = int(s.next());
+  a.raw = s.next() != 0, a.dtype = DType(s.next());
+  // A vector of products costs about what four bytes from memory do.
+  a.threads = team(threads, a.multiplied * (4 + a.tokens / 4));
+  return call(active->sparse_linear, a);
+}
+
 int tree_attention(nb::tuple tensors, nb::tuple strides, nb::tuple sizes, float scale, int dtype, int threads) {
   TreeArgs a{};
   Reader t(tensors), r(strides), s(sizes);
@@ -631,6 +650,7 @@ NB_MODULE(_native, m) {
   m.def("tree_attention", &tree_attention);
   m.def("delta_linear", &delta_linear);
   m.def("channel_sparse_linear", &channel_sparse_linear);
+  m.def("sparse_linear", &sparse_linear);
   m.def("best_match", &best_match);
   m.def("pooled_attention", &pooled_attention);
   m.def("read_all", &read_all);

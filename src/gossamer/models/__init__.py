@@ -3,6 +3,7 @@
 from gossamer.models.load import LoadedModel, cache_folder, fingerprint, load, quiet, smollm2_file
 from gossamer.models.lora import LoRA
 from gossamer.models.masked import MaskHolder
+from gossamer.models.sparse_linear import SparseLinear
 from gossamer.models.tiny import FAMILIES, tiny_model
 from gossamer.models.training import Plan, Training, bits_per_byte, byte_model, train
 
@@ -12,6 +13,7 @@ __all__ = [
     "LoadedModel",
     "MaskHolder",
     "Plan",
+    "SparseLinear",
     "Training",
     "bits_per_byte",
     "byte_model",

@@ -17,6 +17,8 @@ from gossamer.ops.pooled_attention import pooled_attention
 from gossamer.ops.prepared import Prepared, PreparedAttention, PreparedLabelAttention, PreparedQuantizedAttention
 from gossamer.ops.quantized_kv import QuantizedRows, dequantize_rows, quantize_rows, quantized_decode_attention
 from gossamer.ops.select_topk import select_topk
+from gossamer.ops.sparse_formats import SparseWeight, block_sparsity, pack
+from gossamer.ops.sparse_linear import sparse_linear
 from gossamer.ops.sparse_mlp import NeuronWeights, sparse_mlp
 from gossamer.ops.tree_attention import tree_attention
 from gossamer.ops.tree_search import tree_search
@@ -34,6 +36,7 @@ __all__ = [
     "PreparedLabelAttention",
     "PreparedQuantizedAttention",
     "QuantizedRows",
+    "SparseWeight",
     "VerticalSlashIndex",
     "advise_huge_pages",
     "append_labels",
@@ -42,6 +45,7 @@ __all__ = [
     "available_isas",
     "best_match",
     "block_sparse_attention",
+    "block_sparsity",
     "channel_sparse_linear",
     "compact_rows",
     "decode_attention",
@@ -52,12 +56,14 @@ __all__ = [
     "linear",
     "merge_attention",
     "merge_rows",
+    "pack",
     "pooled_attention",
     "quantize_rows",
     "quantized_decode_attention",
     "runs_natively",
     "select_topk",
     "set_isa",
+    "sparse_linear",
     "sparse_mlp",
     "tree_attention",
     "tree_search",
