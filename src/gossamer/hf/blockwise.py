@@ -56,6 +56,7 @@ class Stage:
         index, block: which one.
         matrices: its prunable matrices.
         inputs: hidden states ``[1, tokens, hidden]``, one for each sequence.
+        outputs: what the next block gets, where it is known already; None runs the block once more, as it is by then.
     """
 
     index: int
@@ -64,11 +65,12 @@ class Stage:
     inputs: list[Tensor]
     _args: tuple[Any, ...]
     _kwargs: dict[str, Any]
+    outputs: list[Tensor] | None = None
 
     @torch.no_grad()
-    def run(self) -> list[Tensor]:
-        """The block's outputs, one for each sequence."""
-        return [_first(self.block(x, *self._args, **self._kwargs)) for x in self.inputs]
+    def run(self, part: Callable[..., Any] | None = None) -> list[Tensor]:
+        """The block's outputs, one for each sequence; or those of a part of it that is called as the block is."""
+        return [_first((part or self.block)(x, *self._args, **self._kwargs)) for x in self.inputs]
 
     @contextmanager
     def watching(self, see: See) -> Iterator[None]:
@@ -135,4 +137,5 @@ def blocks(
         inside = [m for m in everything if m.name.startswith(f"{prefix}.{index}.")]
         stage = Stage(index, layer, inside, hidden, *calls[index])
         yield stage
-        hidden = stage.run() if index + 1 < len(layers) else []
+        if index + 1 < len(layers):
+            hidden = stage.run() if stage.outputs is None else stage.outputs

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ _POINTS = 50
 
 @dataclass(frozen=True)
 class Plan:
-    """AdamW with a linear warm-up and a cosine to `floor` times the learning rate.
+    """AdamW with a linear warm-up and a decay to `floor` times the learning rate.
 
     Attributes:
         steps: optimizer steps; the batches must be as many.
@@ -41,6 +41,7 @@ class Plan:
         floor: share of `lr` at the end.
         weight_decay, betas: of AdamW.
         clip: largest norm of the gradient; 0 leaves it alone.
+        decay: form of the decay.
     """
 
     steps: int
@@ -50,6 +51,7 @@ class Plan:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
+    decay: Literal["cosine", "linear"] = "cosine"
 
     def rate(self, step: int) -> float:
         """Learning rate of step 0, 1, …
@@ -59,8 +61,9 @@ class Plan:
         """
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, self.steps - 1 - self.warmup)
-        return self.lr * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
+        done = min(1.0, (step - self.warmup) / max(1, self.steps - 1 - self.warmup))
+        left = 1 - done if self.decay == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+        return self.lr * (self.floor + (1 - self.floor) * left)
 
 
 @dataclass
@@ -102,6 +105,7 @@ def train(
     after_step: Callable[[int], None] | None = None,
     parameters: Iterable[nn.Parameter] | None = None,
     masks: Masks | None = None,
+    stop: Callable[[int], bool] | None = None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Training:
     """Train a causal language model in place on batches int64 ``[batch, context + 1]``; it comes back in eval mode.
@@ -111,6 +115,7 @@ def train(
         after_step: called after each optimizer step.
         parameters: what is trained (default: all that want gradients).
         masks: what they remove is zero from the first step to the last.
+        stop: called after each optimizer step; true ends the training there.
 
     Raises:
         InputError: fewer batches than steps, or a loss that is not finite.
@@ -118,11 +123,12 @@ def train(
     chosen = [p for p in (model.parameters() if parameters is None else parameters) if p.requires_grad]
     optimizer = torch.optim.AdamW(chosen, lr=plan.lr, betas=plan.betas, weight_decay=plan.weight_decay)
     holder = MaskHolder(model, masks, optimizer) if masks is not None else None
-    every, training, step = max(1, plan.steps // _POINTS), Training(), -1
+    every, training, step, stopped = max(1, plan.steps // _POINTS), Training(), -1, False
     call: Any = model
     model.train()
     # What a penalty or a hook remembers is not in a checkpoint: such runs start again.
-    saver = next_checkpoint(model, optimizer, str(plan)) if penalty is None and after_step is None else None
+    remembers = penalty is not None or after_step is not None or stop is not None
+    saver = None if remembers else next_checkpoint(model, optimizer, str(plan))
     start = saver.load(training.curve) if saver is not None else 0
     for step, batch in zip(range(plan.steps), batches, strict=False):
         if step < start:
@@ -151,10 +157,13 @@ def train(
             progress("training", step + 1, plan.steps)
         if saver is not None:
             saver.after(step, plan.steps, training.curve)
+        if stop is not None and stop(step):
+            stopped = True
+            break
     if holder is not None:
         holder.release()
     model.eval()
-    if step + 1 < plan.steps:
+    if step + 1 < plan.steps and not stopped:
         raise InputError(f"the batches ended after {step + 1} of {plan.steps} steps")
     return training
 
