@@ -82,6 +82,7 @@ _MODULES = (
     "token_recycling",
     "tokenselect",
     "zipvl",
+    "essential_sparsity",
 )
 
 
