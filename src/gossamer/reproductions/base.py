@@ -83,6 +83,7 @@ _MODULES = (
     "tokenselect",
     "zipvl",
     "essential_sparsity",
+    "spdf",
 )
 
 

@@ -3,6 +3,6 @@
 Importing this package registers them; a new one is a file here and a line below.
 """
 
-from gossamer.weights import essential_sparsity, native_linear, prune
+from gossamer.weights import essential_sparsity, native_linear, prune, sparse_model_soups, spdf
 
-__all__ = ["essential_sparsity", "native_linear", "prune"]
+__all__ = ["essential_sparsity", "native_linear", "prune", "sparse_model_soups", "spdf"]
