@@ -194,11 +194,15 @@ def choose(
     if form.kind == "n:m":
         if any(bool(v.isnan().any()) for v in values):
             raise InputError("scores to prune by must not be NaN: check the weights and the calibration")
-        return Masks({n: nm_mask(v, form.n, form.m) for n, v in zip(names, values, strict=True)})
+        found = Masks({n: nm_mask(v, form.n, form.m) for n, v in zip(names, values, strict=True)})
+        return found if among is None else found & among
     shares = [sparsity[n] for n in names] if isinstance(sparsity, Mapping) else [sparsity] * len(names)
     if not all(0 <= share <= 1 for share in shares) or not 0 < cap <= 1:
         raise InputError(f"a sparsity must lie in 0 .. 1, got {sparsity}, cap {cap:g}")
     pooled = [form.pool(v, reduce) for v in values]
+    if among is not None and form.kind == "block":  # a block that is gone whole goes first, whatever the scores' sign
+        gone = [form.pool((~among[n]).float(), "mean") == 1 for n in names]
+        pooled = [p.masked_fill(g, -math.inf) for p, g in zip(pooled, gone, strict=True)]
     if isinstance(sparsity, Mapping) or scope == "matrix":
         kept = [keep_largest([p], round(s * p.numel()))[0] for p, s in zip(pooled, shares, strict=True)]
     elif scope == "erk":
@@ -206,7 +210,8 @@ def choose(
         kept = [keep_largest([p], round((1 - d) * p.numel()))[0] for p, d in zip(pooled, densities, strict=True)]
     else:
         kept = _capped(pooled, values, sparsity, cap)
-    return Masks({n: form.expand(k, v.shape) for n, k, v in zip(names, kept, values, strict=True)})
+    found = Masks({n: form.expand(k, v.shape) for n, k, v in zip(names, kept, values, strict=True)})
+    return found if among is None else found & among
 
 
 def _capped(pooled: list[Tensor], values: list[Tensor], sparsity: float, cap: float) -> list[Tensor]:

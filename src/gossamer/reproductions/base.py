@@ -84,6 +84,8 @@ _MODULES = (
     "token_recycling",
     "tokenselect",
     "zipvl",
+    "essential_sparsity",
+    "spdf",
 )
 
 

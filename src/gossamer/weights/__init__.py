@@ -3,6 +3,26 @@
 Importing this package registers them; a new one is a file here and a line below.
 """
 
-from gossamer.weights import cfsp, native_linear, neuron_baselines, prune, slicegpt, sparse_linear
+from gossamer.weights import (
+    cfsp,
+    essential_sparsity,
+    native_linear,
+    neuron_baselines,
+    prune,
+    slicegpt,
+    sparse_linear,
+    sparse_model_soups,
+    spdf,
+)
 
-__all__ = ["cfsp", "native_linear", "neuron_baselines", "prune", "slicegpt", "sparse_linear"]
+__all__ = [
+    "cfsp",
+    "essential_sparsity",
+    "native_linear",
+    "neuron_baselines",
+    "prune",
+    "slicegpt",
+    "sparse_linear",
+    "sparse_model_soups",
+    "spdf",
+]
