@@ -4,7 +4,17 @@ from gossamer.models.load import LoadedModel, cache_folder, fingerprint, load, s
 from gossamer.models.lora import LoRA
 from gossamer.models.masked import MaskHolder
 from gossamer.models.tiny import FAMILIES, tiny_model
-from gossamer.models.training import Plan, Training, bits_per_byte, byte_model, train
+from gossamer.models.training import (
+    Plan,
+    Training,
+    bits_per_byte,
+    block_batches,
+    byte_model,
+    class_loss,
+    language_loss,
+    token_loss,
+    train,
+)
 
 __all__ = [
     "FAMILIES",
@@ -14,11 +24,15 @@ __all__ = [
     "Plan",
     "Training",
     "bits_per_byte",
+    "block_batches",
     "byte_model",
     "cache_folder",
+    "class_loss",
     "fingerprint",
+    "language_loss",
     "load",
     "smollm2_file",
     "tiny_model",
+    "token_loss",
     "train",
 ]

@@ -7,9 +7,9 @@ training = train(model, byte_batches(data, 16, 96, 2000, seed=0), Plan(steps=200
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ _POINTS = 50
 
 @dataclass(frozen=True)
 class Plan:
-    """AdamW with a linear warm-up and a cosine to `floor` times the learning rate.
+    """AdamW with a linear warm-up and a decay to `floor` times the learning rate.
 
     Attributes:
         steps: optimizer steps; the batches must be as many.
@@ -38,6 +38,7 @@ class Plan:
         floor: share of `lr` at the end.
         weight_decay, betas: of AdamW.
         clip: largest norm of the gradient; 0 leaves it alone.
+        decay: form of the decay.
     """
 
     steps: int
@@ -47,6 +48,7 @@ class Plan:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
+    decay: Literal["cosine", "linear"] = "cosine"
 
     def rate(self, step: int) -> float:
         """Learning rate of step 0, 1, …
@@ -56,8 +58,9 @@ class Plan:
         """
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, self.steps - 1 - self.warmup)
-        return self.lr * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
+        done = min(1.0, (step - self.warmup) / max(1, self.steps - 1 - self.warmup))
+        left = 1 - done if self.decay == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+        return self.lr * (self.floor + (1 - self.floor) * left)
 
 
 @dataclass
@@ -90,51 +93,77 @@ def byte_model(family: str = "llama", seed: int = 0, **overrides: Any) -> PreTra
     return tiny_model(family, seed, **{**sizes, **overrides})
 
 
+def language_loss(model: nn.Module, batch: Any) -> Tensor:
+    """Mean cross-entropy of the next token, nats: of a batch int64 ``[batch, context + 1]``, or of (inputs, targets).
+
+    A target of -100 doesn't count, as a prompt's.
+    """
+    inputs, targets = batch if isinstance(batch, tuple | list) else (batch[:, :-1], batch[:, 1:])
+    call: Any = model
+    logits = call(inputs, use_cache=False).logits
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+def class_loss(model: nn.Module, batch: Any) -> Tensor:
+    """Mean cross-entropy of a classifier's logits on (inputs, labels int64)."""
+    inputs, labels = batch
+    out = model(inputs)
+    return F.cross_entropy(getattr(out, "logits", out), labels)
+
+
 def train(
     model: nn.Module,
-    batches: Iterable[Tensor],
+    batches: Iterable[Any],
     plan: Plan,
     *,
     penalty: Callable[[int], Tensor | float] | None = None,
     after_step: Callable[[int], None] | None = None,
     parameters: Iterable[nn.Parameter] | None = None,
     masks: Masks | None = None,
+    loss: Callable[[nn.Module, Any], Tensor] = language_loss,
+    optimizer: torch.optim.Optimizer | None = None,
+    span: range | None = None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Training:
-    """Train a causal language model in place on batches int64 ``[batch, context + 1]``; it comes back in eval mode.
+    """Train a model in place, by default a causal language model on batches int64 ``[batch, context + 1]``.
+
+    It comes back in eval mode.
 
     Args:
         penalty: called after each forward with the step (0, 1, …); what it returns is added to the loss.
         after_step: called after each optimizer step.
         parameters: what is trained (default: all that want gradients).
         masks: what they remove is zero from the first step to the last.
+        loss: of a batch, whatever the batches are.
+        optimizer: in place of AdamW as the plan says; its learning rate is the plan's all the same.
+        span: which of the plan's steps are done (default: all), to stop and go on; the batches are those of the span.
 
     Raises:
         InputError: fewer batches than steps, or a loss that is not finite.
     """
+    span = range(plan.steps) if span is None else span
     chosen = [p for p in (model.parameters() if parameters is None else parameters) if p.requires_grad]
-    optimizer = torch.optim.AdamW(chosen, lr=plan.lr, betas=plan.betas, weight_decay=plan.weight_decay)
+    if optimizer is None:
+        optimizer = torch.optim.AdamW(chosen, lr=plan.lr, betas=plan.betas, weight_decay=plan.weight_decay)
     holder = MaskHolder(model, masks, optimizer) if masks is not None else None
-    every, training, step = max(1, plan.steps // _POINTS), Training(), -1
-    call: Any = model
+    every, training, step = max(1, plan.steps // _POINTS), Training(), span.start - 1
     model.train()
-    for step, batch in zip(range(plan.steps), batches, strict=False):
+    for step, batch in zip(span, batches, strict=False):
         for group in optimizer.param_groups:
             group["lr"] = plan.rate(step)
-        logits = call(batch[:, :-1], use_cache=False).logits
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+        value = loss(model, batch)
         extra = penalty(step) if penalty is not None else 0.0
         optimizer.zero_grad(set_to_none=True)
-        (loss + extra).backward()
+        (value + extra).backward()  # type: ignore[no-untyped-call]
         if plan.clip:
             torch.nn.utils.clip_grad_norm_(chosen, plan.clip)
         optimizer.step()
         if after_step is not None:
             after_step(step)
-        if step % every == 0 or step == plan.steps - 1:
+        if step % every == 0 or step == span.stop - 1:
             point = {
                 "step": float(step),
-                "loss": float(loss.detach()),
+                "loss": float(value.detach()),
                 "penalty": float(torch.as_tensor(extra).detach()),
             }
             if not math.isfinite(point["loss"]):
@@ -144,9 +173,39 @@ def train(
     if holder is not None:
         holder.release()
     model.eval()
-    if step + 1 < plan.steps:
-        raise InputError(f"the batches ended after {step + 1} of {plan.steps} steps")
+    if step + 1 < span.stop:
+        raise InputError(f"the batches ended after {step + 1} of {span.stop} steps")
     return training
+
+
+def block_batches(tokens: Tensor, batch: int, steps: int, seed: int = 0) -> Iterator[Tensor]:
+    """`steps` batches int64 ``[batch, length]`` of token blocks ``[blocks, length]``: shuffled anew each time all were seen.
+
+    Raises:
+        InputError: sizes below one, or no blocks.
+
+    >>> [b[:, 0].tolist() for b in block_batches(torch.arange(3)[:, None].expand(3, 5), batch=2, steps=3)]
+    [[2, 0], [1, 0], [1, 2]]
+    """
+    if tokens.dim() != 2 or min(*tokens.shape, batch, steps) < 1:
+        raise InputError(f"cannot draw {steps} batches of {batch} blocks from {list(tokens.shape)}")
+    return _shuffled(tokens, batch, steps, seed)
+
+
+def _shuffled(tokens: Tensor, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
+    generator, order = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.long)
+    for _ in range(steps):
+        while len(order) < batch:
+            order = torch.cat([order, torch.randperm(len(tokens), generator=generator)])
+        yield tokens[order[:batch]]
+        order = order[batch:]
+
+
+@torch.no_grad()
+def token_loss(model: nn.Module, tokens: Tensor) -> float:
+    """Mean nats of the next token over blocks int64 ``[blocks, length]``, block by block; its `exp` is the perplexity."""
+    device = next(model.parameters()).device
+    return sum(float(language_loss(model, block[None].to(device))) for block in tokens) / len(tokens)
 
 
 @torch.no_grad()
