@@ -55,7 +55,8 @@ def test_at_step_zero_the_output_is_the_dense_one_bit_for_bit(family):
         masks = PST().convert(model)
         assert torch.equal(model(tokens).logits, dense)
     logits = model(tokens).logits  # the path with gradients is another one
-    assert torch.equal(logits, dense) and logits.requires_grad
+    assert torch.equal(logits, dense)
+    assert logits.requires_grad
     masks.remove()
 
 
@@ -76,7 +77,8 @@ def test_ties_are_broken_by_index_and_counts_stay_exact():
     mask = smallest_removed(torch.ones(3, 4), 5)
     assert mask.reshape(-1).tolist() == [True] * 7 + [False] * 5
     assert smallest_removed(torch.tensor([0.0, -0.0, 1.0]), 1).tolist() == [True, False, True]
-    assert smallest_removed(torch.rand(2, 2), 0).all() and not smallest_removed(torch.rand(2, 2), 4).any()
+    assert smallest_removed(torch.rand(2, 2), 0).all()
+    assert not smallest_removed(torch.rand(2, 2), 4).any()
 
 
 # ------------------------------------------------------------------------------------------------------------------ 3
@@ -89,7 +91,8 @@ def test_with_factors_at_zero_the_mask_is_the_magnitude_mask():
     scores = {m.name: m.weight.abs() for m in matrices(model)}
     shares = {n: int(s.numel() * 0.7) / s.numel() for n, s in scores.items()}
     wanted = choose(scores, shares)
-    assert all(torch.equal(found[n], wanted[n]) for n in wanted) and len(found) == len(wanted)
+    assert all(torch.equal(found[n], wanted[n]) for n in wanted)
+    assert len(found) == len(wanted)
 
 
 # ------------------------------------------------------------------------------------------------------------------ 4
@@ -131,7 +134,8 @@ def test_gradients_are_the_formulas(detached):
     to_weight = grad * mask + (0 if detached else to_mask * updated.sign())
     assert torch.allclose(f.u.grad, 0.5 * to_weight @ f.v.T, atol=1e-12)
     assert torch.allclose(f.v.grad, 0.5 * f.u.T @ to_weight, atol=1e-12)
-    assert weight.grad is None and model[0].bias.grad is None
+    assert weight.grad is None
+    assert model[0].bias.grad is None
 
 
 def test_a_step_of_the_full_importance_is_movement_pruning():
@@ -156,7 +160,8 @@ def test_both_factors_of_the_importance_move_after_two_steps():
         model[0](torch.ones(3, 12)).square().sum().backward()
         optimizer.step()
         moved = {n: not torch.equal(p, before[n]) for n, p in the_factors(model).named_parameters()}
-        assert all(moved[n] for n in "vbrc") and moved["a"] == moved["u"] == (step == 1)
+        assert all(moved[n] for n in "vbrc")
+        assert moved["a"] == moved["u"] == (step == 1)
 
 
 # ------------------------------------------------------------------------------------------------------------------ 6
@@ -172,7 +177,9 @@ def test_the_schedule_by_hand():
 @settings(max_examples=50, deadline=None)
 def test_the_schedule_never_falls_and_ends_at_the_final_value(final, start, warmup, cooldown, steps):
     values = [sparsity_at(t, steps, final, start, warmup, cooldown) for t in range(steps + 1)]
-    assert values == sorted(values) and values[0] >= start and values[-1] == pytest.approx(final)
+    assert values == sorted(values)
+    assert values[0] >= start
+    assert values[-1] == pytest.approx(final)
 
 
 def test_the_scheduler_counts_steps_and_knows_when_a_checkpoint_may_be_chosen():
@@ -184,8 +191,11 @@ def test_the_scheduler_counts_steps_and_knows_when_a_checkpoint_may_be_chosen():
         schedule.step()
         counts.append(int((~masks.masks()["0.weight"]).sum()))
         finals.append(schedule.final)
-    assert counts == sorted(counts) and counts[0] == 0 and counts[-1] == int(96 * 0.9)
-    assert finals == [False] * 7 + [True] * 3 and counts[6] == counts[-1]
+    assert counts == sorted(counts)
+    assert counts[0] == 0
+    assert counts[-1] == int(96 * 0.9)
+    assert finals == [False] * 7 + [True] * 3
+    assert counts[6] == counts[-1]
     schedule.callback().on_optimizer_step(None, None, None)
     assert schedule.t == 11
     with pytest.raises(InputError, match="at least one step"):
@@ -213,7 +223,8 @@ def test_the_export_is_plain_gives_the_same_outputs_and_loads(family, tmp_path):
         kept = masks.export()
         assert torch.allclose(model(tokens).logits, wanted, atol=1e-6)
     for matrix in matrices(model):
-        assert torch.equal(matrix.parameter == 0, ~kept[matrix.name]) and matrix.parameter.requires_grad
+        assert torch.equal(matrix.parameter == 0, ~kept[matrix.name])
+        assert matrix.parameter.requires_grad
         assert int((~kept[matrix.name]).sum()) == int(matrix.parameter.numel() * 0.5)
     model.save_pretrained(tmp_path)
     cls = BertForSequenceClassification if family == "bert" else AutoModelForCausalLM
@@ -290,7 +301,8 @@ def test_bfloat16_and_autocast_rank_in_float32():
     loss.backward()
     assert all(p.grad.dtype == torch.float32 and bool(p.grad.isfinite().all()) for p in masks.factors())
     kept = masks.export()
-    assert kept.sparsity == pytest.approx(0.5) and next(iter(model.parameters())).dtype == torch.bfloat16
+    assert kept.sparsity == pytest.approx(0.5)
+    assert next(iter(model.parameters())).dtype == torch.bfloat16
 
 
 def test_apply_learns_the_text_and_prunes_exactly():
@@ -304,7 +316,8 @@ def test_apply_learns_the_text_and_prunes_exactly():
             return float(F.cross_entropy(m(text).logits[:, :-1].flatten(0, 1), text[:, 1:].flatten()))
 
     assert loss(applied.model) < min(loss(dense), loss(one_shot))
-    assert applied.facts["sparsity"] == pytest.approx(0.5) and len(applied.facts["curve"]) == 40
+    assert applied.facts["sparsity"] == pytest.approx(0.5)
+    assert len(applied.facts["curve"]) == 40
     assert all(torch.equal(p == 0, ~m) for p, m in applied.masks.parameters(applied.model))
     again = make("pst", sparsity=0.5, steps=40, batch=4, lr=5e-3).apply(tiny_model("llama"), text)
     assert all(torch.equal(a, b) for a, b in zip(applied.model.parameters(), again.model.parameters(), strict=True))
@@ -318,7 +331,8 @@ def test_gradual_magnitude_and_movement_have_the_same_quota():
         )
         masks.set_sparsity(0.3)
         assert int((model[0].weight == 0).sum()) == int(96 * 0.3)
-        assert model[0].bias.requires_grad and model[1].weight.requires_grad
+        assert model[0].bias.requires_grad
+        assert model[1].weight.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -350,8 +364,9 @@ def test_bad_models_text_and_losses_get_one_line():
     state = copy.deepcopy(wild.state_dict())
     with pytest.raises(InputError, match=r"not finite|NaN"):
         PST(lr=1e30, steps=20, batch=2).apply(wild, TOKENS)
-    assert all(torch.equal(a, state[n]) for n, a in wild.state_dict().items()) and not wild.training
-    with pytest.raises(InputError, match="0 .. 1"):
+    assert all(torch.equal(a, state[n]) for n, a in wild.state_dict().items())
+    assert not wild.training
+    with pytest.raises(InputError, match=r"0 \.\. 1"):
         PST().convert(linear()).set_sparsity(1.5)
 
 

@@ -67,13 +67,13 @@ class Factors(Importance):
         super().__init__(weight, transposed)
         self.alpha1, self.alpha2, self.beta, self.detached = pst.alpha1, pst.alpha2, pst.beta, pst.detach_magnitude
         outputs, inputs = self.shape
-        like = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
+        device, dtype = weight.device, torch.promote_types(weight.dtype, torch.float32)
 
         def drawn(rank: int) -> nn.Parameter:
-            return nn.Parameter(torch.randn(outputs, rank, generator=generator).to(**like))
+            return nn.Parameter(torch.randn(outputs, rank, generator=generator).to(device, dtype))
 
         def zeros(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.zeros(shape, **like))
+            return nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
 
         self.u, self.v = drawn(pst.weight_rank), zeros(pst.weight_rank, inputs)
         self.a, self.b = drawn(pst.mask_rank), zeros(pst.mask_rank, inputs)
@@ -246,7 +246,7 @@ class Scheduler:
 
         schedule = self
 
-        class Step(TrainerCallback):
+        class Step(TrainerCallback):  # type: ignore[misc]
             def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 schedule.step()
 
