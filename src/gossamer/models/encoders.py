@@ -1,10 +1,10 @@
 """Encoder classifiers: a small BERT that is pre-trained here in a minute, or one from a folder, with a new head.
 
-    encoder = small_encoder(vocabulary=3000)
-    train(encoder, pretraining_batches(inputs, follows, mask=4, batch=32, steps=1000), plan, loss=pretraining_loss)
-    model = classifier(encoder)
-    train(model, class_batches(inputs, labels, batch=32, steps=600), plan, loss=sequence_loss)
-    evaluate(model, inputs, labels)
+encoder = small_encoder(vocabulary=3000)
+train(encoder, pretraining_batches(inputs, follows, mask=4, batch=32, steps=1000), plan, loss=pretraining_loss)
+model = classifier(encoder)
+train(model, class_batches(inputs, labels, batch=32, steps=600), plan, loss=sequence_loss)
+evaluate(model, inputs, labels)
 """
 
 from __future__ import annotations
@@ -56,9 +56,7 @@ def small_encoder(vocabulary: int, seed: int = 0, **overrides: Any) -> PreTraine
     return model.eval()
 
 
-def classifier(
-    source: PreTrainedModel | str | os.PathLike[str], classes: int = 2, seed: int = 0
-) -> PreTrainedModel:
+def classifier(source: PreTrainedModel | str | os.PathLike[str], classes: int = 2, seed: int = 0) -> PreTrainedModel:
     """A pre-trained encoder with a new head, in eval mode.
 
     source: an encoder, whose weights are copied; or a folder with one in Hugging Face layout (safetensors), such as
@@ -116,7 +114,9 @@ def pretraining_loss(model: nn.Module, batch: tuple[Inputs, Tensor, Tensor]) -> 
     )
 
 
-def class_batches(inputs: Inputs, labels: Tensor, batch: int, steps: int, seed: int = 0) -> Iterator[tuple[Inputs, Tensor]]:
+def class_batches(
+    inputs: Inputs, labels: Tensor, batch: int, steps: int, seed: int = 0
+) -> Iterator[tuple[Inputs, Tensor]]:
     """`steps` batches (inputs, labels), shuffled anew each time all were seen."""
     for rows in block_batches(torch.arange(len(labels))[:, None], batch, steps, seed):
         yield {name: value[rows[:, 0]] for name, value in inputs.items()}, labels[rows[:, 0]]
