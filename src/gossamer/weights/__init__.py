@@ -5,10 +5,12 @@ Importing this package registers them; a new one is a file here and a line below
 
 from gossamer.weights import (
     cfsp,
+    dsee,
     essential_sparsity,
     native_linear,
     neuron_baselines,
     prune,
+    pst,
     slicegpt,
     sparse_linear,
     sparse_model_soups,
@@ -17,10 +19,12 @@ from gossamer.weights import (
 
 __all__ = [
     "cfsp",
+    "dsee",
     "essential_sparsity",
     "native_linear",
     "neuron_baselines",
     "prune",
+    "pst",
     "slicegpt",
     "sparse_linear",
     "sparse_model_soups",
