@@ -69,6 +69,7 @@ _MODULES = (
     "hip_attention",
     "lantern",
     "lazy_neuron",
+    "masksparsity",
     "minference",
     "ppd",
     "prosparse",

@@ -3,6 +3,6 @@
 Importing this package registers them; a new one is a file here and a line below.
 """
 
-from gossamer.weights import masksparsity, native_linear, prune
+from gossamer.weights import masksparsity, native_linear, pat, prune
 
-__all__ = ["masksparsity", "native_linear", "prune"]
+__all__ = ["masksparsity", "native_linear", "pat", "prune"]

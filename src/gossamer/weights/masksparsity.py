@@ -53,7 +53,7 @@ def sparsity_gradient(scale: Tensor, keep: Tensor, strength: float, kind: Kind =
 def energy_threshold(scale: Tensor, percent: float = 1e-4, silent: float = 1e-3) -> float:
     """The "OT" threshold on |γ|: what lies below holds at most `percent` of Σγ²; all lies below if max |γ| < `silent`.
 
-    It is put between the last scale that still fits and the next one.
+    It is put between the last scale that still fits and the next one; of equal scales all stay or none.
 
     >>> round(energy_threshold(torch.tensor([3.0, 0.01, 4.0])), 3)
     1.505
@@ -62,7 +62,8 @@ def energy_threshold(scale: Tensor, percent: float = 1e-4, silent: float = 1e-3)
     if float(size[-1]) < silent:
         return math.inf
     below = int((size.square().cumsum(0) <= percent * size.square().sum()).sum())
-    below = min(below, len(size) - 1)
+    while below and size[below - 1] == size[below]:  # equal scales stay together
+        below -= 1
     return float(size[0]) / 2 if below == 0 else float(size[below - 1] + size[below]) / 2
 
 
@@ -263,7 +264,9 @@ class MaskSparsity(WeightMethod):
     ratio: float = Field(0.5, gt=0, le=1, description="share of channels to keep (choose = ratio, first or global)")
     min_channels: int = Field(1, ge=1, description="kept of each layer at least")
     lam: float | None = Field(
-        None, gt=0, description="λ; None: the paper's 5e-4, or 4 times what a run of this length needs if that is more"
+        None,
+        gt=0,
+        description="λ; None: the paper's 5e-4, or 8 times what a free scale needs in a run of this length, if more",
     )
     kind: Kind = Field("l1", description="of the term: l1, l2 or smoothl1")
     shifts: bool = Field(True, description="push the shifts of doomed channels to zero as well (released code: no)")
@@ -292,7 +295,7 @@ class MaskSparsity(WeightMethod):
 
     def strength(self, images: int) -> float:
         """λ on so many training images."""
-        return self.lam if self.lam is not None else max(5e-4, 4 * least_strength(self.plan().travel(images)))
+        return self.lam if self.lam is not None else max(5e-4, 8 * least_strength(self.plan().travel(images)))
 
     def regularise(
         self, model: nn.Module, masks: Masks, data: Images, progress: Progress = silent
