@@ -149,6 +149,7 @@ def test_all_kept_is_plain_training_bitwise_and_none_kept_is_network_slimming():
     assert not torch.equal(slimmed["bn.weight"], plain_run["bn.weight"])
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.floats(-2, 2, width=32), st.booleans()), min_size=1, max_size=8))
 def test_the_added_gradient_is_the_sign_on_pruned_and_nothing_on_kept(pairs):
     scale, keep = torch.tensor([p[0] for p in pairs]), torch.tensor([p[1] for p in pairs])
@@ -207,6 +208,7 @@ def test_hand_examples_of_the_vote():
     assert group_vote(wants(set(), {1, 2})).tolist() == [False, False, False]
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=4))
 def test_the_vote_prunes_no_less_than_the_least_wish_and_the_most_voted(wishes):
     prune = [torch.tensor(w) for w in wishes]
@@ -217,6 +219,7 @@ def test_the_vote_prunes_no_less_than_the_least_wish_and_the_most_voted(wishes):
         assert votes[got].min() > votes[~got].max()
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(0.0, 4, width=32), min_size=2, max_size=12), st.sampled_from([1e-4, 0.01, 0.2]))
 def test_the_energy_of_what_ot_prunes_is_within_its_share(values, percent):
     scale = torch.tensor(values)

@@ -71,6 +71,7 @@ _MODULES = (
     "lazy_neuron",
     "masksparsity",
     "minference",
+    "pat",
     "ppd",
     "prosparse",
     "moe_x",

@@ -107,15 +107,17 @@ class PAT(WeightMethod):
                 facts["separation"] = float(tuning.proxy.detach().std())
 
         try:
-            done = train(
-                model,
-                batches,
-                self.plan(),
-                penalty=lambda step: tuning.loss(),
-                after_step=after,
-                parameters=list(tuning.parameters()),
-                progress=progress,
-            )
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)  # of the adapters' dropout
+                done = train(
+                    model,
+                    batches,
+                    self.plan(),
+                    penalty=lambda step: tuning.loss(),
+                    after_step=after,
+                    parameters=list(tuning.parameters()),
+                    progress=progress,
+                )
         except BaseException:
             tuning.detach()
             raise
