@@ -9,6 +9,7 @@ from gossamer.hf.mlp import FixedRules, MLPRuntime, NeuronPolicy
 from gossamer.hf.mlp_views import MLPView, mlp_views
 from gossamer.hf.policy import CachePolicy, DecodePolicy, PrefillPolicy, SelectingPolicy, StoragePolicy
 from gossamer.hf.quantized import KVFormat, QuantizedKVLayer
+from gossamer.hf.residual import cut_hidden, writers
 from gossamer.hf.snapshot import load_cache, save_cache
 from gossamer.hf.taps import attention_projections, watch
 from gossamer.hf.views import AttentionView, ModelShape, attention_views, model_shape
@@ -38,6 +39,7 @@ __all__ = [
     "attention_views",
     "block_list",
     "blocks",
+    "cut_hidden",
     "dense_attention",
     "dense_decode",
     "load_cache",
@@ -47,4 +49,5 @@ __all__ = [
     "model_shape",
     "save_cache",
     "watch",
+    "writers",
 ]
