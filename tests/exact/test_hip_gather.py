@@ -192,11 +192,12 @@ def test_what_crosses_between_the_tiers_is_what_was_missed() -> None:
     assert report["attention_hits"] > 0.7
 
 
-def test_banks_are_emptied_when_rows_change() -> None:
+@pytest.mark.parametrize("phases", ["both", "decode"])
+def test_banks_are_emptied_when_rows_change(phases: Any) -> None:
     outs = []
     for where in ("none", "file"):
         stream = Stream(batch=1)
-        with HipAttention(**STEP, refresh=1, offload=where).attach(tiny_model("qwen2")) as handle:
+        with HipAttention(**STEP, refresh=1, offload=where, phases=phases).attach(tiny_model("qwen2")) as handle:
             stream.feed(handle, 40, *[1] * 6)
             stream.cache.crop(-4)
             stream.key[:, :, :, 42:] += 1.0

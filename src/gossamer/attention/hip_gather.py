@@ -118,8 +118,7 @@ class Gathered(Chosen):
     def forget(self) -> None:
         """Rows may have changed: neither choice nor banks hold."""
         super().forget()
-        self.scored.clear()
-        self.attended.clear()
+        self.empty()
         self.seen = (0, 0, 0)
 
     def follow(self, layer: LayerView, length: int) -> None:
@@ -128,9 +127,13 @@ class Gathered(Chosen):
         kv = layer.kv
         grew = kv.length > rows or (kv.length == rows and length > last)
         if not grew or kv.dropped != dropped:
-            self.scored.clear()
-            self.attended.clear()
+            self.empty()
         self.seen = (kv.length, length, kv.dropped)
+
+    def empty(self) -> None:
+        """Nothing is near any more."""
+        self.scored.clear()
+        self.attended.clear()
 
 
 class GatheringPolicy(HipPolicy):
@@ -200,6 +203,10 @@ class GatheringPolicy(HipPolicy):
         return self.rotary.move(key, layer.index, at, at // self.method.self_extend)
 
     # -- decode
+
+    def observe(self, layer: LayerView, query: Tensor) -> None:
+        """A block of tokens may stand where others were cropped, whoever served its attention: the banks are emptied."""
+        cast(Gathered, layer.state).empty()
 
     def seek(self, layer: LayerView, query: Tensor, key: Tensor) -> HipIndex:
         """Search with keys that are gathered level by level."""
