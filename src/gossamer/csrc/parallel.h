@@ -1,4 +1,5 @@
-// Threads and scratch memory. The runtime is the OpenMP of the process (torch's; see ops/_dispatch.py).
+// Threads, scratch memory, and loops for a number of rows. OpenMP is the one of the process (torch's; see
+// ops/_dispatch.py).
 #pragma once
 #include <atomic>
 #include <cstdlib>
@@ -72,5 +73,20 @@ class Scratch {
   char *data_ = nullptr, *base_ = nullptr;
   size_t size_ = 0, used_ = 0;
 };
+
+// Runs f<M>() for a number of rows M that is known only now.
+template <class F>
+GOSSAMER_INLINE void for_rows(int64_t rows, const F& f) {
+  switch (rows) {
+    case 1: f.template operator()<1>(); break;
+    case 2: f.template operator()<2>(); break;
+    case 3: f.template operator()<3>(); break;
+    case 4: f.template operator()<4>(); break;
+    case 5: f.template operator()<5>(); break;
+    case 6: f.template operator()<6>(); break;
+    case 7: f.template operator()<7>(); break;
+    default: f.template operator()<8>();
+  }
+}
 
 }  // namespace gossamer::GOSSAMER_ISA

@@ -57,21 +57,6 @@ GOSSAMER_INLINE void multiply_rows(const T* const* rows, const QueryHeads<T>& x,
   if (c < columns) dot_tail<T, M, R>(rows, x, c, columns, out);
 }
 
-// Runs f<M>() for a number of rows M that is known only now.
-template <class F>
-GOSSAMER_INLINE void for_rows(int64_t rows, const F& f) {
-  switch (rows) {
-    case 1: f.template operator()<1>(); break;
-    case 2: f.template operator()<2>(); break;
-    case 3: f.template operator()<3>(); break;
-    case 4: f.template operator()<4>(); break;
-    case 5: f.template operator()<5>(); break;
-    case 6: f.template operator()<6>(); break;
-    case 7: f.template operator()<7>(); break;
-    default: f.template operator()<8>();
-  }
-}
-
 // Vectors of columns that the sums of M rows leave registers for.
 template <int M>
 constexpr int kSumColumns = M == 1 ? 8 : M == 2 ? 4 : M <= 4 ? 2 : 1;

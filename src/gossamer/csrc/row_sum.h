@@ -36,32 +36,25 @@ class RowSum {
   void add(int threads, const Begin& begin, const End& end) {
     const int64_t useful = list_.count * columns_ * int64_t(sizeof(T)) / kBytesPerThread + 1;
     const int team = useful < threads ? int(useful) : threads;
-    // A thread takes several shares in turn where they stay long: cores are not equally fast.
-    const int64_t share = imax(kMinShare / int64_t(sizeof(T)), ceil_div(columns_, team * kShares));
+    // The longer the pieces of rows, the nearer to the memory's speed. Threads take two shares in turn, since cores are not
+    // equally fast, only where these stay long.
+    const int64_t fair = ceil_div(columns_, team), size = sizeof(T);
+    const int64_t share = imax(kMinShare / size, imax(imin(fair, kLongShare / size), ceil_div(fair, 2)));
     share_ = team == 1 ? columns_ : ceil_div(share, kStep) * kStep;
     parallel(team, [&](int, int) { run(begin, end); });
   }
 
  private:
-  static constexpr int64_t kBytesPerThread = 1 << 17, kMinShare = 1 << 12, kShares = 2;
+  static constexpr int64_t kBytesPerThread = 1 << 17, kMinShare = 1 << 12, kLongShare = 1 << 13;
   static constexpr int64_t kStep = 64 * kLanes / 16;  // whole cache lines of out, whatever T is
-  static constexpr int64_t kAhead = 2048;             // bytes between what is in use and what is being fetched
+  static constexpr int64_t kAhead = 4096;             // bytes between what is in use and what is being fetched
 
   template <class Begin, class End>
   void run(const Begin& begin, const End& end) {
     for (int64_t from; (from = queue_.next() * share_) < columns_;) {
       const int64_t to = imin(from + share_, columns_);
       begin(from, to);
-      switch (lines_) {
-        case 1: strip<1>(from, to); break;
-        case 2: strip<2>(from, to); break;
-        case 3: strip<3>(from, to); break;
-        case 4: strip<4>(from, to); break;
-        case 5: strip<5>(from, to); break;
-        case 6: strip<6>(from, to); break;
-        case 7: strip<7>(from, to); break;
-        default: strip<8>(from, to);
-      }
+      for_rows(lines_, [&]<int M>() { strip<M>(from, to); });
       end(from, to);
     }
   }

@@ -13,6 +13,7 @@ from gossamer.errors import ModelError
 from gossamer.hf.mlp_views import by_input
 from gossamer.hf.policy import TEACHER_FORCED
 from gossamer.ops import advise_huge_pages, channel_sparse_linear, runs_natively
+from gossamer.ops.channel_sparse_linear import run_native
 from gossamer.ops.linear import MAX_ROWS
 from gossamer.patterns import NeuronRule
 
@@ -110,7 +111,7 @@ class ChannelForward:
         sparse = weight if weight is not None and weight.stride(-1) == 1 else None
         if sparse is not None and rule.threshold is not None:
             counts = self.meter.scratch(len(flat))
-            out = channel_sparse_linear(flat, sparse, rule.threshold, module.bias, counts=counts)
+            out = _multiply(flat, sparse, rule.threshold, module.bias, counts)
             self.meter.count(decoding, counts)
             return out.view(*x.shape[:-1], -1)
         kept = rule.mask(x)
@@ -119,6 +120,16 @@ class ChannelForward:
         if sparse is not None:  # the kernel skips exact zeros
             return channel_sparse_linear(x.view_as(flat), sparse, None, module.bias).view(*x.shape[:-1], -1)
         return cast(Tensor, type(module).forward(module, x))
+
+
+def _multiply(x: Tensor, weight: Tensor, threshold: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
+    """`channel_sparse_linear` for a rule that was checked; its checks would cost a decode step more than the scan does."""
+    plain = x.is_cpu and weight.dtype is x.dtype and x.is_contiguous() and x.shape[1] == len(weight)
+    if plain and not torch.compiler.is_compiling():
+        bias = None if bias is None else bias.contiguous()
+        if bias is None or bias.dtype is x.dtype:
+            return run_native(x, weight, threshold, bias, None, counts)
+    return channel_sparse_linear(x, weight, threshold, bias, counts=counts)
 
 
 def gathers(x: Tensor, weight: Tensor) -> bool:
@@ -139,14 +150,19 @@ def lay_by_input(matrix: nn.Module) -> Callable[[], None]:
     weight = cast(nn.Parameter, matrix.weight)
     if by_input(matrix).stride(-1) == 1 or weight.ndim != 2:
         return lambda: None
-    turned = torch.empty(weight.shape[::-1], dtype=weight.dtype, device=weight.device)
-    advise_huge_pages(turned)  # rows of it are read here and there
-    weight.data = turned.copy_(weight.data.t()).t()
+    weight.data = _laid_anew(weight.data.t()).t()
 
     def undo() -> None:
-        weight.data = weight.data.contiguous()
+        weight.data = _laid_anew(weight.data)
 
     return undo
+
+
+def _laid_anew(matrix: Tensor) -> Tensor:
+    """A contiguous copy on huge pages, where the system has them: rows of it are read here and there."""
+    copy = torch.empty(matrix.shape, dtype=matrix.dtype, device=matrix.device)
+    advise_huge_pages(copy)
+    return copy.copy_(matrix)
 
 
 class ChannelRuntime:

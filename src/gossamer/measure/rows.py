@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,8 +53,18 @@ class Measured:
     peak: int | None = None
     yardstick: str | None = None
     area: float | None = None
-    neurons: float | None = None
-    skipped_bytes: int = 0
+    kept: list[float] = field(default_factory=list)
+    skipped: list[float] = field(default_factory=list)
+
+    @property
+    def neurons(self) -> float | None:
+        """Share of the neurons that decoded tokens computed, over all stretches of text."""
+        return statistics.fmean(self.kept) if self.kept else None
+
+    @property
+    def skipped_bytes(self) -> int:
+        """Bytes of weights that a decode step does not read, likewise."""
+        return round(statistics.fmean(self.skipped)) if self.skipped else 0
 
     def count(self, runtime: AttentionRuntime, cache: Any) -> None:
         """Take over what decode steps read, per token, and what the cache and the policies hold."""
@@ -65,11 +76,12 @@ class Measured:
         self.extra_bytes = sum(_state_bytes(layer.views.get(runtime)) for layer in cache.layers)
 
     def count_neurons(self, report: dict[str, Any]) -> None:
-        """Take over what an activation method kept, and the weights that a decode step does not read for it."""
+        """Take over what an activation method kept in a stretch, and the weights that a decode step does not read for it."""
         if (kept := report.get("neurons_kept", report.get("channels_kept"))) is not None:
-            self.yardstick, self.neurons = self.yardstick or "neurons", kept
+            self.yardstick = self.yardstick or "neurons"
+            self.kept.append(kept)
             pairs = (("mlp_bytes_dense", "mlp_bytes_read"), ("channel_bytes_dense", "channel_bytes_read"))
-            self.skipped_bytes = sum(report.get(dense, 0) - report.get(read, 0) for dense, read in pairs)
+            self.skipped.append(sum(report.get(dense, 0) - report.get(read, 0) for dense, read in pairs))
 
     def note(self, messages: Sequence[str]) -> None:
         """Add remarks that are not there yet."""

@@ -130,8 +130,20 @@ def _run(
         return found
     if backend != "native" or not (counts is None or counts.is_contiguous()):
         return _reference(x, weight, threshold, bias, scale, counts)
-    x, outputs = _checks.row_major(x), weight.shape[1]
     threshold, bias, scale = (None if t is None else t.contiguous() for t in (threshold, bias, scale))
+    return run_native(_checks.row_major(x), weight, threshold, bias, scale, counts)
+
+
+def run_native(
+    x: Tensor,
+    weight: Tensor,
+    threshold: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    counts: Tensor | None,
+) -> Tensor:
+    """The native kernel without the checks: for callers that made them, once, for all their calls."""
+    outputs = weight.shape[1]
     out = torch.empty(x.shape[0], outputs, dtype=x.dtype)
     native().channel_sparse_linear(
         tuple(_checks.pointer(t) for t in (x, weight, threshold, bias, scale, counts, out)),

@@ -70,13 +70,13 @@ def table(rng: random.Random) -> tuple[str, str]:
 TASKS: dict[str, Callable[[random.Random], tuple[str, str]]] = {"counting": counting, "table": table}
 
 
-class _Run:
+class Writer:
     """Generations with and without methods, our dense kernel under all of them."""
 
     def __init__(self) -> None:
-        loaded = load("smollm2")
-        self.model: Any = loaded.model
-        self.tokenizer: Any = loaded.tokenizer
+        self.loaded = load("smollm2")
+        self.model: Any = self.loaded.model
+        self.tokenizer: Any = self.loaded.tokenizer
         self.sparse: dict[str, list[float]] = {}  # NLLs of the sparse model's texts by pattern: periods share them
 
     def prompts(self) -> list[Tensor]:
@@ -115,7 +115,7 @@ class _Run:
         return share | ({"aal": sum(advances) / len(advances)} if advances else {})
 
 
-def _mode(run: _Run, setting: dict[str, Any], dense: list[Tensor], prompts: list[Tensor]) -> dict[str, Any]:
+def _mode(run: Writer, setting: dict[str, Any], dense: list[Tensor], prompts: list[Tensor]) -> dict[str, Any]:
     pattern = setting["pattern"]
     if pattern not in run.sparse:
         griffin = Griffin(keep=KEEP, pattern=pattern)
@@ -146,7 +146,7 @@ def _mean(values: list[float]) -> float:
 
 
 def _experiment(progress: Progress) -> Outcome:
-    run = _Run()
+    run = Writer()
     prompts, steps = run.prompts(), len(MODES) + len(TASKS)
     dense = [run.generate(None, ids, NEW).sequences for ids in prompts]
     base = _mean([run.nll(text, ids.shape[1]) for text, ids in zip(dense, prompts, strict=True)])
