@@ -116,7 +116,7 @@ def _ppd() -> tuple[Tree, list[float | None]]:
 
 
 def _even(tree: Tree) -> tuple[Tree, list[float | None]]:
-    return tree, [1.0] + [0.3] * (tree.size - 1)
+    return tree, [1.0, *[0.3] * (tree.size - 1)]
 
 
 DRAFTED: dict[str, Callable[[], tuple[Tree, list[float | None]]]] = {
