@@ -16,10 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gossamer.errors import InputError
+from gossamer.models.checkpoints import next_checkpoint, resumable
+from gossamer.models.masked import MaskHolder
 from gossamer.models.tiny import tiny_model
+from gossamer.patterns import Masks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+__all__ = ["Plan", "Training", "bits_per_byte", "byte_model", "resumable", "train"]
 
 #: How often the curve takes a point.
 _POINTS = 50
@@ -96,6 +101,7 @@ def train(
     penalty: Callable[[int], Tensor | float] | None = None,
     after_step: Callable[[int], None] | None = None,
     parameters: Iterable[nn.Parameter] | None = None,
+    masks: Masks | None = None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Training:
     """Train a causal language model in place on batches int64 ``[batch, context + 1]``; it comes back in eval mode.
@@ -104,16 +110,23 @@ def train(
         penalty: called after each forward with the step (0, 1, …); what it returns is added to the loss.
         after_step: called after each optimizer step.
         parameters: what is trained (default: all that want gradients).
+        masks: what they remove is zero from the first step to the last.
 
     Raises:
         InputError: fewer batches than steps, or a loss that is not finite.
     """
     chosen = [p for p in (model.parameters() if parameters is None else parameters) if p.requires_grad]
     optimizer = torch.optim.AdamW(chosen, lr=plan.lr, betas=plan.betas, weight_decay=plan.weight_decay)
+    holder = MaskHolder(model, masks, optimizer) if masks is not None else None
     every, training, step = max(1, plan.steps // _POINTS), Training(), -1
     call: Any = model
     model.train()
+    # What a penalty or a hook remembers is not in a checkpoint: such runs start again.
+    saver = next_checkpoint(model, optimizer, str(plan)) if penalty is None and after_step is None else None
+    start = saver.load(training.curve) if saver is not None else 0
     for step, batch in zip(range(plan.steps), batches, strict=False):
+        if step < start:
+            continue
         for group in optimizer.param_groups:
             group["lr"] = plan.rate(step)
         logits = call(batch[:, :-1], use_cache=False).logits
@@ -136,6 +149,10 @@ def train(
                 raise InputError(f"the loss is not finite at step {step}: lower the learning rate or the penalty")
             training.curve.append(point)
             progress("training", step + 1, plan.steps)
+        if saver is not None:
+            saver.after(step, plan.steps, training.curve)
+    if holder is not None:
+        holder.release()
     model.eval()
     if step + 1 < plan.steps:
         raise InputError(f"the batches ended after {step + 1} of {plan.steps} steps")

@@ -3,6 +3,6 @@
 Importing this package registers them; a new one is a file here and a line below.
 """
 
-from gossamer.weights import native_linear
+from gossamer.weights import native_linear, prune
 
-__all__ = ["native_linear"]
+__all__ = ["native_linear", "prune"]
