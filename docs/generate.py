@@ -176,6 +176,93 @@ def result(slug: str, folder: Path) -> str:
     return text + f"\n\nThe whole record is `results/{slug}.json`."
 
 
+# --- Drafts ----------------------------------------------------------------------------------------------------------
+
+DRAFTS = {
+    "token-recycling": "The released template of 80 candidates: children take the ranks from 0 on, from left to right.",
+    "ppd": (
+        "The tree of state 3 for 30 candidates and prompt tokens, made of the accuracies that the reproduction counted. A node is "
+        "the fuller, the likelier its path; small hollow ones are prompt tokens, which guess for the next step."
+    ),
+    "spectr": "Eight independent drafts of four tokens; equal ones are not merged.",
+    "lantern": "The static tree of 25 candidates that LANTERN++ names first.",
+}
+
+
+def acceptance(slug: str, folder: Path) -> str:
+    """What became of drafts in a system's recorded reproduction, as a table; empty where there is none."""
+    path = folder / f"{slug}.json"
+    if slug not in DRAFTS or not path.is_file():
+        return ""
+    raw = json.loads(path.read_text("utf-8"))["raw"]
+    if slug == "token-recycling":
+        steps = sum(raw["accepted"].values())
+        shares = [(count, f"{times / steps:.1%}") for count, times in raw["accepted"].items()]
+        return table(
+            ("Candidates accepted in a step", *(count for count, _ in shares)),
+            [["Share of steps", *(s for _, s in shares)]],
+        )
+    if slug == "ppd":
+        named = [("trained prompt tokens", raw["top10"]["trained"]), ("untrained", raw["top10"]["untrained"])]
+        accuracy = table(
+            ("Right among the ten best guesses", "2 ahead", "3 ahead", "4 ahead"),
+            ((name, *(f"{a:.2f}" for a in found)) for name, found in named),
+        )
+        return (
+            accuracy
+            + "\n\n"
+            + table(
+                ("Tree of 30", "Tokens a step"),
+                ((name, f"{tokens:.2f}") for name, tokens in raw["tokens_walked"].items()),
+            )
+        )
+    if slug == "spectr":
+        return table(
+            ("Drafts", "Tokens a forward", "Chance that a position accepts", "No rule can do more than"),
+            (
+                (
+                    k,
+                    f"{run['tokens_per_forward']:.2f}",
+                    f"{run['p_acc_with_k_drafts']:.3f}",
+                    f"{run['upper_bound_with_k_drafts']:.3f}",
+                )
+                for k, run in raw["by_drafts"].items()
+            ),
+        )
+    return table(
+        ("Seed", "Neighbours", "k", "delta", "Tokens a call", "Accepted of tested", "Fréchet distance"),
+        (
+            (
+                str(run["seed"]),
+                arm["table"],
+                str(arm["k"]),
+                f"{arm['delta']:g}",
+                f"{arm['tokens_per_call']:.2f}",
+                f"{arm['accepted'] / max(1, arm['tested']):.1%}",
+                f"{arm['fid']:.4f}",
+            )
+            for run in raw["runs"]
+            for arm in run["arms"]
+        ),
+    )
+
+
+def drafted(slug: str, results: Path, up: str = "..") -> list[str]:
+    """A system's tree with what became of its drafts, where they are known; `up` leads to the folder of the documentation."""
+    if slug not in DRAFTS:
+        return []
+    found = acceptance(slug, results)
+    return [f"![A tree that {slug} drafts]({up}/_static/trees/{slug}.svg)", DRAFTS[slug], *([found] if found else [])]
+
+
+def drafts(out: Path, results: Path) -> None:
+    """The trees of all systems that draft, for the guide."""
+    parts = []
+    for slug in DRAFTS:
+        parts += [f"### [{catalogue()[slug].name}](../systems/{slug}.md)", *drafted(slug, results)]
+    write(out, "\n\n".join(parts))
+
+
 def page(slug: str, system: System | None, cls: type[Method] | None, results: Path) -> str:
     """One system or baseline."""
     name = system.name if system else cls.name if cls else slug
@@ -207,6 +294,8 @@ def page(slug: str, system: System | None, cls: type[Method] | None, results: Pa
             parts += ["### Formulas", prose(module.__doc__)]
         if (HERE / "_static" / "reads" / f"{slug}.png").is_file():
             parts += ["### What it reads", f"![What {slug} reads](../_static/reads/{slug}.png)", READS]
+        if slug in DRAFTS:
+            parts += ["### What it drafts", *drafted(slug, results)]
         parts += ["### Settings", settings(cls), "### Use", usage(cls)]
     if system and system.claims:
         parts += [
@@ -327,6 +416,7 @@ def site(docs: Path = HERE, results: Path = ROOT / "results") -> None:
     commands(docs / "_build" / "generated" / "commands.md")
     public(docs / "_build" / "generated" / "public.md")
     picture(docs / "_build" / "generated" / "picture.md")
+    drafts(docs / "_build" / "generated" / "drafts.md", results)
     api(docs / "api" / "generated")
 
 

@@ -17,6 +17,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from gossamer.decoding import Drafter, Engine, ForwardCost, PromptLookup, Sizer
 from gossamer.decoding.cost import cost_of, measure
+from gossamer.decoding.ppd import PromptDrafter
+from gossamer.decoding.ppd_tree import build_dynamic_tree
 from gossamer.decoding.sizing import grow
 from gossamer.errors import InputError, RecipeError
 from gossamer.models import tiny_model
@@ -291,3 +293,41 @@ def test_the_grown_tree_holds_the_likeliest_paths():
         assert growth.tree.size == nodes + 1
         assert growth.expected == pytest.approx(1 + sum(best))
         assert growth.expected == pytest.approx(1 + sum(map(value, growth.tree.rank_paths[1:])))
+
+
+def test_promises_that_do_not_come_count_for_less():
+    sizer = Sizer(COST)
+    for _ in range(8):
+        assert sizer.grow(lambda path: [(7, 0.9)], 4).tree.size == 5
+        sizer.record(5, 1, COST.ratio(5))
+        if sizer.trust < 0.3:
+            break
+    assert sizer.trust < 0.3
+    assert sizer.grow(lambda path: [(7, 0.1)], 4).tree.size == 1
+    sizer.begin()
+    assert sizer.trust == 1
+    assert sizer.grow(lambda path: [(7, 0.1)], 4).tree.size > 1
+
+
+def test_lookup_learns_from_text_that_it_did_not_draft():
+    model = tiny_model("llama")
+    dear = ForwardCost((1, 2, 8), (1.0, 9.0, 80.0), 100)
+    engine = Engine(model, PromptLookup().drafter(model, None), cost=dear)
+    prompt = torch.arange(5, 15).repeat(3)[None]
+    out = model.generate(prompt, **GREEDY, custom_generate=engine)
+    assert torch.equal(out, model.generate(prompt, **GREEDY))
+    assert engine.stats.nodes == engine.stats.forwards
+    assert sum(tried for _, tried in engine.sizer.confidence.seen.values()) > 3
+
+
+def test_prompt_tokens_rest_where_they_do_not_pay():
+    model = tiny_model("llama")
+    tree = build_dynamic_tree([[0.4, 0.2], [0.3, 0.1]], 6)
+    prompts = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    assert not PromptDrafter(prompts, tree).sized
+    engine = Engine(model, PromptDrafter(prompts, tree, rests=True), cost=COST)
+    settings = {**GREEDY, "max_new_tokens": 60}
+    out = model.generate(PROMPT, **settings, custom_generate=engine)
+    assert torch.equal(out, model.generate(PROMPT, **settings))
+    assert engine.stats.nodes / engine.stats.forwards > 1
+    assert engine.drafter.sized

@@ -56,6 +56,23 @@ def test_sparse_methods_and_padding_are_refused():
     runtime.detach()
 
 
+def test_accepted_rows_ascend_within_those_there():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        cache = GossamerCache()
+        model(PROMPT[:, :6], past_key_values=cache)
+    layer = cache.layers[0]
+    before = layer.keys.clone()
+    for start, ids in ((2, [1, 1]), (2, [2, 0]), (2, [0, 4]), (2, [-1]), (9, [0])):
+        with pytest.raises(InputError):
+            layer.accept(start, torch.tensor(ids))
+        assert torch.equal(layer.keys, before)
+    layer.accept(2, torch.tensor([0, 2, 3]))
+    assert torch.equal(layer.keys, before[:, :, [0, 1, 2, 4, 5]])
+    layer.accept(2, torch.tensor([], dtype=torch.long))
+    assert layer.length == 2
+
+
 def test_trees():
     assert Tree.chain(2).rank_paths == ((), (0,), (0, 0))
     chains = Tree.of_chains(2, 3)

@@ -75,6 +75,9 @@ class EarlyExitDrafter(Drafter):
         adapt: whether chains end, or are left out, where they don't pay.
     """
 
+    #: Steps without a draft, after which one is made all the same, to learn from.
+    EXPLORE = 64
+
     def __init__(self, model: nn.Module, layers: int, length: int, adapt: bool = True) -> None:
         self.model, self.layers, self.length, self.adapt = model, layers, length, adapt
         parent, name = layers_of(model)
@@ -83,6 +86,7 @@ class EarlyExitDrafter(Drafter):
         #: What a forward through the exit reads, over one of the whole model.
         self.share = (sum(weights[:layers]) + head.weight.numel()) / (sum(weights) + head.weight.numel())
         self.guesses: list[float] = []
+        self.idle = 0
 
     @property
     def sized(self) -> bool:
@@ -94,7 +98,11 @@ class EarlyExitDrafter(Drafter):
         return self._chain(context, min(self.length, context.room - 1), None)
 
     def plan(self, context: Context, sizer: Sizer) -> Draft:
-        """A chain that ends where the next token is not worth its forward."""
+        """A chain that ends where the next token is not worth its forward; none where the first most often is not."""
+        self.idle += 1
+        if self.idle < self.EXPLORE and sizer.confidence.chance(FIRST, 0.6) < self.share * sizer.rate:
+            return plain(context)
+        self.idle = 0
         return self._chain(context, min(self.length, context.room - 1), sizer)
 
     def _chain(self, context: Context, length: int, sizer: Sizer | None) -> Draft:
@@ -122,6 +130,8 @@ class EarlyExitDrafter(Drafter):
 
     def learn(self, target: Target, verdict: Verdict, sizer: Sizer) -> None:
         """How often tokens of which the exit was so sure were right."""
+        if self.guesses:
+            sizer.confidence.learn(FIRST, len(verdict.path) > 1)
         for depth, guess in enumerate(self.guesses[: target.draft.tree.size - 1], 1):
             sizer.confidence.learn(_kind(guess), depth < len(verdict.path))
             if depth >= len(verdict.path):
@@ -130,6 +140,10 @@ class EarlyExitDrafter(Drafter):
     def observe(self, target: Target, verdict: Verdict) -> None:
         """Nothing is kept."""
         self.guesses = []
+
+
+#: The class that the first token of a draft counts in, whatever its guess.
+FIRST = "exit", "first"
 
 
 def _kind(guess: float) -> tuple[str, int]:

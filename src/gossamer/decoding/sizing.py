@@ -192,8 +192,15 @@ class Sizer:
 
     def grow(self, candidates: Candidates, depth: int, *, least: int = 0) -> Growth:
         """The tree of this step, of one node where none pays."""
-        settings = {"rate": self.rate, "margin": self.MARGIN, "trust": self.trust}
-        growth = grow(candidates, self.step_cost, depth=depth, least=least, **settings)
+        growth = grow(
+            candidates,
+            self.step_cost,
+            depth=depth,
+            rate=self.rate,
+            margin=self.MARGIN,
+            trust=self.trust,
+            least=least,
+        )
         self._promised = growth.expected - 1
         return growth
 

@@ -14,6 +14,9 @@ Decisions where the card leaves room:
   propose nothing, and the tree is made anew in each step (`sizing`). How likely a successor is, is counted by the probability
   that it had among its row when that was written and by how often in a row the row's first one was right; every token of the text
   teaches that, drafted or not.
+* A row knows one token of context, which is little where an answer copies. With `template="auto"` what followed the last tokens
+  where they stood before in the text is therefore drafted too (prompt lookup, no part of the paper); `lookup=False` leaves the
+  table alone.
 * Prompts do not write the table (as released); `update_from_prefill` lets them, at the price of all their logits.
 * Sampling draws each visited node's token from the model's own law (the engine's rule `Match`), which is exact; the released
   code always takes the best token.
