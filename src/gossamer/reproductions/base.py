@@ -84,6 +84,7 @@ _MODULES = (
     "zipvl",
     "essential_sparsity",
     "spdf",
+    "sparse_model_soups",
 )
 
 

@@ -137,7 +137,8 @@ def model_flops(model: nn.Module, context: int, masks: Masks | None = None) -> f
     active = sum(int(masks[m.name].sum()) if masks and m.name in masks else m.parameter.numel() for m in found)
     config: Any = model.config
     width = sum(m.weight.shape[1] for m in found if m.role == "o")  # heads · head_dim, of all layers
-    return 2.0 * active + 4.0 * context * width + 2.0 * config.hidden_size * config.vocab_size
+    head = float(config.hidden_size * config.vocab_size)
+    return 2.0 * active + 4.0 * context * width + 2.0 * head
 
 
 def training_bytes(model: nn.Module, masks: Masks | None = None, value_bytes: int = 4) -> int:
