@@ -182,7 +182,7 @@ def block_batches(tokens: Tensor, batch: int, steps: int, seed: int = 0) -> Iter
         InputError: sizes below one, or no blocks.
 
     >>> [b[:, 0].tolist() for b in block_batches(torch.arange(3)[:, None].expand(3, 5), batch=2, steps=3)]
-    [[2, 0], [1, 0], [1, 2]]
+    [[2, 0], [1, 2], [1, 0]]
     """
     if tokens.dim() != 2 or min(*tokens.shape, batch, steps) < 1:
         raise InputError(f"cannot draw {steps} batches of {batch} blocks from {list(tokens.shape)}")

@@ -153,7 +153,7 @@ def greedy_soup(
 
     >>> one, two = nn.Linear(1, 1), nn.Linear(1, 1)
     >>> _ = one.weight.data.fill_(1.0), two.weight.data.fill_(2.0)
-    >>> greedy_soup([one, two], lambda m: float(m.weight)).kept
+    >>> greedy_soup([one, two], lambda m: m.weight.item()).kept
     (1,)
     """
     scores = [score(candidate) for candidate in candidates]

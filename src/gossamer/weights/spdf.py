@@ -130,7 +130,7 @@ def model_flops(model: nn.Module, context: int, masks: Masks | None = None) -> f
     """F of one token in this model, whatever its family: what its matrices keep, attention, and the head.
 
     >>> from gossamer.models import tiny_model
-    >>> model_flops(tiny_model("gpt2"), 32) == forward_flops(2, 64, 32, 256) - 2 * 2 * 2 * 64 * 128 * 2
+    >>> model_flops(tiny_model("gpt2"), 32) == forward_flops(2, 64, 32, 256) - 2 * 2 * 2 * 64 * 128
     True
     """
     found = matrices(model)
