@@ -24,7 +24,18 @@ from gossamer.patterns import Masks
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Plan", "Training", "bits_per_byte", "byte_model", "resumable", "train"]
+__all__ = [
+    "Plan",
+    "Training",
+    "bits_per_byte",
+    "block_batches",
+    "byte_model",
+    "class_loss",
+    "language_loss",
+    "resumable",
+    "token_loss",
+    "train",
+]
 
 #: How often the curve takes a point.
 _POINTS = 50
@@ -165,7 +176,7 @@ def train(
         value = loss(model, batch)
         extra = penalty(step) if penalty is not None else 0.0
         optimizer.zero_grad(set_to_none=True)
-        (value + extra).backward()  # type: ignore[no-untyped-call]
+        (value + extra).backward()
         if plan.clip:
             torch.nn.utils.clip_grad_norm_(chosen, plan.clip)
         optimizer.step()
@@ -201,7 +212,7 @@ def block_batches(tokens: Tensor, batch: int, steps: int, seed: int = 0) -> Iter
         InputError: sizes below one, or no blocks.
 
     >>> [b[:, 0].tolist() for b in block_batches(torch.arange(3)[:, None].expand(3, 5), batch=2, steps=3)]
-    [[2, 0], [1, 0], [1, 2]]
+    [[2, 0], [1, 2], [1, 0]]
     """
     if tokens.dim() != 2 or min(*tokens.shape, batch, steps) < 1:
         raise InputError(f"cannot draw {steps} batches of {batch} blocks from {list(tokens.shape)}")

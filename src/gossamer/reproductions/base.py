@@ -88,6 +88,7 @@ _MODULES = (
     "zipvl",
     "essential_sparsity",
     "spdf",
+    "sparse_model_soups",
 )
 
 

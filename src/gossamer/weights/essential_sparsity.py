@@ -243,7 +243,7 @@ def lottery_ticket(
         rounds: each removes the same count (default: a tenth of the weights a round).
 
     >>> from gossamer.models import tiny_model
-    >>> lottery_ticket(tiny_model("llama"), lambda model, masks, step: None, 0.2).sparsity
+    >>> round(lottery_ticket(tiny_model("llama"), lambda model, masks, step: None, 0.2).sparsity, 3)
     0.2
     """
     rule = PruneRule() if rule is None else rule
@@ -408,7 +408,7 @@ class EssentialSparsity(WeightMethod):
     `mask_similarity`, `layer_profile`, `ZeroWeightMonitor`.
 
     >>> from gossamer.models import tiny_model
-    >>> EssentialSparsity(sparsity=0.3).apply(tiny_model("llama")).facts["sparsity"]
+    >>> round(EssentialSparsity(sparsity=0.3).apply(tiny_model("llama")).facts["sparsity"], 3)
     0.3
     """
 

@@ -358,7 +358,7 @@ def passes(loss: Callable[[nn.Module, Any], Tensor], batches: Iterable[Any]) -> 
 
     def look(model: nn.Module) -> None:
         for batch in kept:
-            loss(model, batch).backward()  # type: ignore[no-untyped-call]
+            loss(model, batch).backward()
         model.zero_grad(set_to_none=True)
 
     return look

@@ -23,10 +23,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from gossamer.errors import InputError, ModelError
@@ -153,7 +153,7 @@ def greedy_soup(
 
     >>> one, two = nn.Linear(1, 1), nn.Linear(1, 1)
     >>> _ = one.weight.data.fill_(1.0), two.weight.data.fill_(2.0)
-    >>> greedy_soup([one, two], lambda m: float(m.weight)).kept
+    >>> greedy_soup([one, two], lambda m: m.weight.item()).kept
     (1,)
     """
     scores = [score(candidate) for candidate in candidates]
@@ -319,6 +319,14 @@ class SparseModelSoups(WeightMethod):
     bn_fraction: float = Field(0.2, gt=0, le=1, description="share of the batches that batch norms are recalibrated on")
     seed: int = Field(0, ge=0, description="of the first copy")
 
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr is larger than lr {self.lr:g}")
+        if self.schedule == "FT" and self.vary == "lr":
+            raise ValueError("FT trains at min_lr, so a varied lr would change nothing")
+        return self
+
     def settings_of(self, phase: int, lr: float | None = None) -> list[Setting]:
         """Of the copies of a phase.
 
@@ -348,7 +356,7 @@ class SparseModelSoups(WeightMethod):
             lr=setting.lr,
             weight_decay=setting.weight_decay,
             schedule=self.schedule,
-            low=self.min_lr,
+            low=min(self.min_lr, setting.lr),
             total_steps=self.total_steps,
         )
 

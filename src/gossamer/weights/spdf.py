@@ -130,14 +130,15 @@ def model_flops(model: nn.Module, context: int, masks: Masks | None = None) -> f
     """F of one token in this model, whatever its family: what its matrices keep, attention, and the head.
 
     >>> from gossamer.models import tiny_model
-    >>> model_flops(tiny_model("gpt2"), 32) == forward_flops(2, 64, 32, 256) - 2 * 2 * 2 * 64 * 128 * 2
+    >>> model_flops(tiny_model("gpt2"), 32) == forward_flops(2, 64, 32, 256) - 2 * 2 * 2 * 64 * 128
     True
     """
     found = matrices(model)
     active = sum(int(masks[m.name].sum()) if masks and m.name in masks else m.parameter.numel() for m in found)
     config: Any = model.config
     width = sum(m.weight.shape[1] for m in found if m.role == "o")  # heads · head_dim, of all layers
-    return 2.0 * active + 4.0 * context * width + 2.0 * config.hidden_size * config.vocab_size
+    head = float(config.hidden_size * config.vocab_size)
+    return 2.0 * active + 4.0 * context * width + 2.0 * head
 
 
 def training_bytes(model: nn.Module, masks: Masks | None = None, value_bytes: int = 4) -> int:
