@@ -330,7 +330,10 @@ class Tuned:
 def can_cut(model: nn.Module) -> bool:
     """Whether the family's configuration names the size of a head, so that fewer heads need not mean wider ones."""
     config: Any = getattr(model, "config", None)
-    return hasattr(config, "head_dim") and hasattr(config, "num_key_value_heads")
+    named = (
+        hasattr(config, "head_dim") or getattr(config, "model_type", "") == "qwen2"
+    )  # which reads it where it is set
+    return named and hasattr(config, "num_key_value_heads")
 
 
 @torch.no_grad()
