@@ -154,7 +154,7 @@ def train(
         value = loss(model, batch)
         extra = penalty(step) if penalty is not None else 0.0
         optimizer.zero_grad(set_to_none=True)
-        (value + extra).backward()  # type: ignore[no-untyped-call]
+        (value + extra).backward()
         if plan.clip:
             torch.nn.utils.clip_grad_norm_(chosen, plan.clip)
         optimizer.step()

@@ -83,16 +83,16 @@ def _experiment(progress: Progress, steps: int = STEPS, pretraining: int | None 
     model = classifier(task.encoder, seed=SEED)
     weights = sum(m.parameter.numel() for m in matrices(model))
     factors = sum(p.numel() for p in PST(weight_rank=RANK, mask_rank=RANK).convert(model).factors())
-    loss = {name: arm["loss"] for name, arm in arms.items()}
-    lost = {name: value - loss["dense"] for name, value in loss.items()}
-    gap = loss["one-shot 80%"] - loss["dense"]
-    closed = (loss["one-shot 80%"] - loss["PST 80%"]) / gap if gap > 0 else 0.0
+    losses = {name: arm["loss"] for name, arm in arms.items()}
+    lost = {name: value - losses["dense"] for name, value in losses.items()}
+    gap = losses["one-shot 80%"] - losses["dense"]
+    closed = (losses["one-shot 80%"] - losses["PST 80%"]) / gap if gap > 0 else 0.0
     checks = {
         "no worse than MaP at 50 %": lost["PST 50%"]
         <= max(THRESHOLDS["times_map"] * lost["MaP 50%"], THRESHOLDS["noise"]),
         "closes the gap at 80 %": closed >= THRESHOLDS["gap_closed"],
         "trained share": factors / weights <= THRESHOLDS["trained_share"],
-        "the importance helps": loss["PST 80%"] <= loss["PST, magnitude alone 80%"],
+        "the importance helps": losses["PST 80%"] <= losses["PST, magnitude alone 80%"],
     }
     failed = [name for name, held in checks.items() if not held]
     direction = checks["closes the gap at 80 %"] and checks["trained share"]

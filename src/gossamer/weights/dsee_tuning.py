@@ -278,7 +278,7 @@ class Tuned:
             raise InputError(f"{path} holds no task of DSEE, or is damaged ({type(error).__name__})") from None
         if header["model"] != self._fingerprint:
             raise CalibrationError(f"the task in {path} was tuned on another base model")
-        mine = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
+        mine: dict[str, Tensor] = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
         mine |= {n: b for n, b in self._model.named_buffers() if n.endswith(".index") and ".updates." in n}
         if {n: t.shape for n, t in state.items() if not n.endswith(".mask")} != {n: t.shape for n, t in mine.items()}:
             raise CalibrationError(f"the task in {path} was tuned with other settings: rank, entries or head differ")
