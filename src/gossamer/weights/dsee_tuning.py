@@ -278,7 +278,7 @@ class Tuned:
             raise InputError(f"{path} holds no task of DSEE, or is damaged ({type(error).__name__})") from None
         if header["model"] != self._fingerprint:
             raise CalibrationError(f"the task in {path} was tuned on another base model")
-        mine = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
+        mine: dict[str, Tensor] = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
         mine |= {n: b for n, b in self._model.named_buffers() if n.endswith(".index") and ".updates." in n}
         if {n: t.shape for n, t in state.items() if not n.endswith(".mask")} != {n: t.shape for n, t in mine.items()}:
             raise CalibrationError(f"the task in {path} was tuned with other settings: rank, entries or head differ")
@@ -330,7 +330,10 @@ class Tuned:
 def can_cut(model: nn.Module) -> bool:
     """Whether the family's configuration names the size of a head, so that fewer heads need not mean wider ones."""
     config: Any = getattr(model, "config", None)
-    return hasattr(config, "head_dim") and hasattr(config, "num_key_value_heads")
+    named = (
+        hasattr(config, "head_dim") or getattr(config, "model_type", "") == "qwen2"
+    )  # which reads it where it is set
+    return named and hasattr(config, "num_key_value_heads")
 
 
 @torch.no_grad()

@@ -108,7 +108,7 @@ class Importance(nn.Module):
                 return self._cached[1]
         with torch.autocast(weight.device.type, enabled=False):  # a rank of scores in bfloat16 would be mostly ties
             updated, scores = self.values(self._view(weight))
-            mask = cast(Tensor, _StraightThrough.apply(scores, int(self.removed)))
+            mask = cast(Tensor, _StraightThrough.apply(scores, int(self.removed)))  # type: ignore[no-untyped-call]
             product = self._view(mask * updated).to(weight.dtype).contiguous()
         self._cached = (key, product) if cached else None
         return product
