@@ -365,9 +365,9 @@ def test_bad_input_is_named_in_one_line():
     with pytest.raises(InputError, match="token blocks"):
         make("pat").apply(tiny_model("llama"))
     model = tiny_model("llama")
-    for settings in ({"keep": 0}, {"keep": 65}, {"hsm_rank": 0}, {"milestone": 1}):
+    for wrong in ({"keep": 0}, {"keep": 65}, {"hsm_rank": 0}, {"milestone": 1}):
         with pytest.raises(InputError, match="PAT"):
-            PATTuning(model, **settings)
+            PATTuning(model, **wrong)
     tuning = PATTuning(model, lora=LoRA(2, 2, 0.0, TARGETS))
     with pytest.raises(InputError, match="kept no channel"):
         tuning.merge()

@@ -24,9 +24,9 @@ from gossamer.reproductions.base import Outcome, Progress, Reproduction
 from gossamer.weights.base import parameter_count
 from gossamer.weights.pat import PAT, TARGETS
 
-SEEDS, BASE_STEPS, STEPS, BATCH, CONTEXT, WIDTH, KEEP = (0, 1), 800, 400, 8, 96, 128, 0.75
+SEEDS, BASE_STEPS, STEPS, BATCH, CONTEXT, WIDTH, KEEP = (0, 1), 600, 300, 8, 64, 128, 0.75
 THRESHOLDS = {"count": 0.02, "merged": 1e-4, "gap": 0.7}
-METHOD = PAT(keep=KEEP, steps=STEPS, lr=2e-3, warmup=40)
+METHOD = PAT(keep=KEEP, steps=STEPS, lr=2e-3, warmup=30)
 BASE_PLAN = Plan(BASE_STEPS, lr=2e-3)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pydantic import Field
@@ -140,5 +140,5 @@ class PAT(WeightMethod):
         finally:
             tuning.detach()
         facts["parameters"] = {"before": before, "after": parameter_count(small)}
-        facts["hidden_size"] = {"before": width, "target": target, "after": small.config.hidden_size}
+        facts["hidden_size"] = {"before": width, "target": target, "after": cast(Any, small).config.hidden_size}
         return Applied(small, facts)

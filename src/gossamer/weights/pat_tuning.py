@@ -127,10 +127,11 @@ def identity_loss(first: Tensor, second: Tensor, variant: Variant = "code") -> T
     0.0
     """
     one = torch.eye(len(first), dtype=first.dtype, device=first.device)
-    gap = first @ first.T - one
+    gap: Tensor = first @ first.T - one
     if variant == "code":
         return gap.square().mean()
-    return torch.linalg.matrix_norm(gap) + torch.linalg.matrix_norm(second.T @ second - one)
+    loss: Tensor = torch.linalg.matrix_norm(gap) + torch.linalg.matrix_norm(second.T @ second - one)
+    return loss
 
 
 class HSM(nn.Module):
@@ -245,7 +246,7 @@ class PATTuning(nn.Module):
         return [cast(HSM, hsm) for hsm in self.hsms]
 
     def _behind(self, hsm: HSM, place: nn.Module, args: Any, out: Tensor) -> Tensor:
-        return hsm(out, self.mask(hard=not place.training))
+        return cast(Tensor, hsm(out, self.mask(hard=not place.training)))
 
     def step(self, now: int) -> None:
         """Say which step comes next: 0, 1, …; temperature and offset follow."""
@@ -264,7 +265,7 @@ class PATTuning(nn.Module):
 
     def loss(self) -> Tensor:
         """L_active once, and the sum of L_identity over all HSMs."""
-        total = torch.stack([identity_loss(h.first, h.second, self.variant) for h in self._each()]).sum()
+        total: Tensor = torch.stack([identity_loss(h.first, h.second, self.variant) for h in self._each()]).sum()
         return total + active_loss(self.proxy, self.keep, self.variant) if self.gate == "unified" else total
 
     def detach(self) -> None:
@@ -282,7 +283,7 @@ class PATTuning(nn.Module):
             raise InputError("PAT kept no channel: train for longer, or at a higher rate of learning")
         matrices = [hsm.matrix() for hsm in self._each()]
         self._release(lambda adapters: adapters.merge())
-        return cut_hidden(self._model[0], keep, matrices, progress)
+        return cast(nn.Module, cut_hidden(self._model[0], keep, matrices, progress))
 
     def _release(self, end: Callable[[Adapters], None]) -> None:
         while self._hooks:
