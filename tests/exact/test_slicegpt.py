@@ -341,7 +341,7 @@ def test_what_cannot_be_sliced_is_named_in_one_line():
         second_moment([torch.tensor([[torch.nan]])])
     twice = tiny_model("llama")
     method.apply(twice, TOKENS)
-    with pytest.raises(ModelError, match="already"):
+    with pytest.raises(ModelError, match="sliced already"):
         method.apply(twice, TOKENS)
 
 

@@ -32,8 +32,8 @@ def places_of(model: nn.Module) -> Places:
     kind = getattr(config, "model_type", type(model).__name__)
     if kind not in PLACES or not hasattr(model, "lm_head"):
         raise ModelError(f"{kind} models cannot be sliced: it takes one norm before each sub-layer ({', '.join(PLACES)})")
-    if getattr(config, "reshaped", None) is not None:
-        raise ModelError("this model has widths of its own already: slice before other methods change shapes, and once")
+    if "shortcuts" in (getattr(config, "reshaped", None) or {}):
+        raise ModelError("this model is sliced already: start from the whole one")
     if kind == "opt" and (
         not config.do_layer_norm_before
         or config.word_embed_proj_dim != config.hidden_size
