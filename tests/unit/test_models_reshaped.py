@@ -14,7 +14,7 @@ import torch
 from gossamer.errors import InputError, ModelError
 from gossamer.hf import blocks
 from gossamer.models import Plan, load, tiny_model, train
-from gossamer.models.reshaped import CLASSES, PLACES, PlainNorm, Reshaped, describe
+from gossamer.models.reshaped import CLASSES, PLACES, PlainNorm, describe
 from gossamer.registry import make
 
 TOKENS = torch.randint(1, 256, (2, 40), generator=torch.Generator().manual_seed(0))
