@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -43,7 +44,7 @@ def test_shares_keep_what_was_asked_for(importance, ratio, a):
     if (1 - ratio) * max(raw) / mean >= 1 and max(raw) - mean > 1e-6:
         assert max(shares) == pytest.approx((1 - ratio) + ratio / 1.05, abs=1e-6)
     order = sorted(range(len(importance)), key=lambda i: importance[i])
-    assert all(shares[i] <= shares[j] + 1e-9 for i, j in zip(order, order[1:], strict=False))
+    assert all(shares[i] <= shares[j] + 1e-9 for i, j in itertools.pairwise(order))
     assert len(s) == len(importance)
 
 
@@ -113,7 +114,9 @@ def test_blocks_that_do_nothing_or_turn_round():
 def test_statistics_are_those_of_what_down_reads():
     model = tiny_model("llama")
     seen = []
-    handle = model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda m, args: seen.append(args[0].detach()))
+    handle = model.model.layers[1].mlp.down_proj.register_forward_pre_hook(
+        lambda m, args: seen.append(args[0].detach())
+    )
     logits(model)
     handle.remove()
     a = seen[0].double()
@@ -240,8 +243,8 @@ def test_what_cannot_be_cut_is_named_in_one_line():
     broken.model.layers[0].mlp.up_proj.weight.data[0, 0] = torch.nan
     with pytest.raises(CalibrationError, match="not finite"):
         make("cfsp").apply(broken, TOKENS)
+    broken.model.layers[0].mlp.down_proj.weight.data[0, 0] = torch.nan
     with pytest.raises(InputError, match="NaN"):
-        broken.model.layers[0].mlp.down_proj.weight.data[0, 0] = torch.nan
         make("magnitude-sp").apply(broken)
     with pytest.raises(InputError, match="as many lists"):
         cut_neurons(tiny_model("llama"), [torch.arange(3)])

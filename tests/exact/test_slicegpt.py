@@ -14,16 +14,9 @@ from gossamer.models.reshaped import PLACES
 from gossamer.registry import make
 from gossamer.weights.base import parameter_count
 from gossamer.weights.recovery import Recovery, recover
-from gossamer.weights.slicegpt import (
-    Slicing,
-    flops_per_token,
-    kept_width,
-    principal,
-    random_orthogonal,
-    second_moment,
-    slice_widths,
-)
+from gossamer.weights.slicegpt import flops_per_token, kept_width, slice_widths
 from gossamer.weights.slicegpt_fold import fold_norms
+from gossamer.weights.slicegpt_slicing import Slicing, principal, random_orthogonal, second_moment
 
 TOKENS = torch.randint(1, 256, (4, 40), generator=torch.Generator().manual_seed(0))
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "phi", "opt", "gpt2")
@@ -50,7 +43,7 @@ def model_of(family: str, **overrides: object) -> nn.Module:
     else:
         model = tiny_model(family, **overrides)
     generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
     return model.double()
@@ -102,7 +95,7 @@ def test_nothing_cut_leaves_the_logits_and_orthogonal_shortcuts(family, interlea
     assert len(found) == model.config.num_hidden_layers * len(PLACES[model.config.model_type].norms)
     for matrix in found:
         assert torch.allclose(matrix.T @ matrix, torch.eye(64).double(), atol=1e-9)
-        assert float((matrix - torch.eye(64)).norm()) > 0.1
+        assert float((matrix.detach() - torch.eye(64)).norm()) > 0.1
     assert all(place["discarded"] < 1e-12 for place in applied.facts["discarded"])
 
 
@@ -186,7 +179,9 @@ def formula(vocabulary, positions, width, kept, layers, attention, kv, neurons, 
 
 
 def test_parameters_are_those_of_the_formula():
-    assert formula(50272, 2050, 768, 608, 12, 768, 768, 3072, False, True) == 147_250_880  # OPT-125M in the release's tests
+    assert (
+        formula(50272, 2050, 768, 608, 12, 768, 768, 3072, False, True) == 147_250_880
+    )  # OPT-125M in the release's tests
     model = model_of("llama")
     facts = make("slicegpt", sparsity=0.25).apply(model, TOKENS).facts
     count = formula(256, 0, 64, 48, 2, 64, 32, 128, True, False)
@@ -202,7 +197,9 @@ def test_parameters_are_those_of_the_formula():
 @pytest.mark.parametrize("slice_head", [False, True])
 def test_shapes(slice_head, interleaved):
     model = model_of("llama", num_hidden_layers=3)
-    make("slicegpt", sparsity=0.25, sparsity_last=0.5, slice_head=slice_head, interleaved=interleaved).apply(model, TOKENS)
+    make("slicegpt", sparsity=0.25, sparsity_last=0.5, slice_head=slice_head, interleaved=interleaved).apply(
+        model, TOKENS
+    )
     widths = [48, 40, 32, 32 if slice_head else 64]
     assert model.model.embed_tokens.weight.shape == (256, 48)
     for layer, here, after in zip(model.model.layers, widths, widths[1:], strict=False):
@@ -211,7 +208,8 @@ def test_shapes(slice_head, interleaved):
         assert layer.self_attn.o_proj.weight.shape == (here, 64)
         assert layer.attention_shortcut.weight.shape == (here, here)
         assert layer.mlp.up_proj.weight.shape == (128, here)
-        assert layer.mlp.down_proj.weight.shape == layer.mlp_shortcut.weight.shape[:1] + (128,) == (after, 128)
+        assert layer.mlp.down_proj.weight.shape == (after, 128)
+        assert layer.mlp_shortcut.weight.shape == (after, here)
     assert model.lm_head.weight.shape == (256, widths[-1])
     assert bool(logits(model).isfinite().all())
 
@@ -341,7 +339,7 @@ def test_what_cannot_be_sliced_is_named_in_one_line():
         second_moment([torch.tensor([[torch.nan]])])
     twice = tiny_model("llama")
     method.apply(twice, TOKENS)
-    with pytest.raises(ModelError, match="already"):
+    with pytest.raises(ModelError, match="sliced already"):
         method.apply(twice, TOKENS)
 
 

@@ -145,7 +145,8 @@ class MLPView:
             parts = gate.weight.detach().chunk(2)
             biases = (None, None) if gate.bias is None else gate.bias.detach().chunk(2)
         gate_weight, up_weight = parts
-        if not gate_weight.dtype.is_floating_point:
+        # A sliced model's last block writes a wider stream than it reads, which the kernel doesn't serve.
+        if not gate_weight.dtype.is_floating_point or gate_weight.shape != down.shape:
             return None
         return NeuronWeights(gate_weight, up_weight, down, biases[0], biases[1], self.down.bias, activation=name)
 

@@ -215,7 +215,9 @@ def _from_pretrained(source: str, what: str, check: bool, *, dtype: torch.dtype 
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **where)
             loader: Any = AutoModelForCausalLM
             config = AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
-            if getattr(config, "reshaped", None) is not None:  # our class: the copy of its file in the folder is never run
+            if (
+                getattr(config, "reshaped", None) is not None
+            ):  # our class: the copy of its file in the folder is never run
                 from gossamer.models.reshaped import CLASSES
 
                 loader = CLASSES[config.model_type]

@@ -69,7 +69,11 @@ PLACES = {
         embeddings=("model.decoder.embed_tokens", "model.decoder.embed_positions"),
     ),
     "gpt2": Places(
-        "transformer.h", ("ln_1", "ln_2"), "attn", final_norm="transformer.ln_f", embeddings=("transformer.wte", "transformer.wpe")
+        "transformer.h",
+        ("ln_1", "ln_2"),
+        "attn",
+        final_norm="transformer.ln_f",
+        embeddings=("transformer.wte", "transformer.wpe"),
     ),
 }
 
@@ -105,7 +109,8 @@ class ShortcutBlock:
         normed = getattr(self, self.places.norms[0])(hidden_states)
         out = getattr(self, self.places.attention)(normed, **kwargs)[0]
         shortcut: Tensor = self.attention_shortcut(hidden_states)
-        return shortcut + out
+        y: Tensor = shortcut + out
+        return y
 
     def feed(self, y: Tensor) -> Tensor:
         """The second sub-layer of a sequential block."""
@@ -135,15 +140,17 @@ def add_shortcuts(block: Any, sizes: list[list[int]], places: Places) -> None:
     """Give a block shortcuts of these sizes ``[inputs, outputs]``, without values yet."""
     weight = next(block.parameters())
     if not isinstance(block, ShortcutBlock):
-        block.__class__ = _with_shortcuts(type(block), places)
+        kind: Any = type(block)
+        block.__class__ = _with_shortcuts(kind, places)
     for name, (inputs, outputs) in zip(("attention_shortcut", "mlp_shortcut"), sizes, strict=False):
         setattr(block, name, nn.Linear(inputs, outputs, bias=False, device=weight.device, dtype=weight.dtype))
 
 
 def linear_weight(module: nn.Module) -> Tensor:
     """The weight ``[outputs, inputs]`` of an `nn.Linear` or of transformers' `Conv1D`, without gradient."""
-    weight: Any = module.weight
-    return weight.detach().t() if type(module).__name__ == "Conv1D" else weight.detach()
+    owner: Any = module
+    weight: Tensor = owner.weight.detach()
+    return weight.t() if type(module).__name__ == "Conv1D" else weight
 
 
 def set_linear(module: Any, weight: Tensor, bias: Tensor | None) -> None:

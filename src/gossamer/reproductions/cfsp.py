@@ -20,7 +20,15 @@ from gossamer.reproductions.neuron_runs import read
 from gossamer.weights.base import copied
 from gossamer.weights.cfsp import block_shares, change, fine_score
 from gossamer.weights.neuron_baselines import magnitude_score, wanda_score
-from gossamer.weights.neurons import NeuronFacts, cut_neurons, neuron_facts, rounded_width, top_neurons, views_of, width_facts
+from gossamer.weights.neurons import (
+    NeuronFacts,
+    cut_neurons,
+    neuron_facts,
+    rounded_width,
+    top_neurons,
+    views_of,
+    width_facts,
+)
 
 SEED = 0
 RATIOS = (0.1, 0.2, 0.3)
@@ -66,7 +74,8 @@ def _experiment(progress: Progress) -> Outcome:
             progress(key, len(cuts), len(METHODS) * len(RATIOS))
             shares = block_shares(importance if by_importance else [0.0] * len(views), ratio)[0]
             kept = [
-                top_neurons(s, rounded_width(n * share, n, 1)) for s, n, share in zip(scores, widths, shares, strict=True)
+                top_neurons(s, rounded_width(n * share, n, 1))
+                for s, n, share in zip(scores, widths, shares, strict=True)
             ]
             small = copied(model)
             cut_neurons(small, kept)

@@ -18,8 +18,9 @@ from gossamer.models import load
 from gossamer.reproductions.base import Outcome, Progress, Reproduction
 from gossamer.reproductions.neuron_runs import read
 from gossamer.weights.base import copied, parameter_count
-from gossamer.weights.slicegpt import Basis, Slicing, flops_per_token, principal, random_orthogonal
+from gossamer.weights.slicegpt import flops_per_token
 from gossamer.weights.slicegpt_fold import fold_norms
+from gossamer.weights.slicegpt_slicing import Basis, Slicing, principal, random_orthogonal
 
 SEED = 0
 KEPT = (544, 512, 456)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -113,7 +113,8 @@ def fine_score(
     down, up, gate = (w.double() for w in (down, up, gate))
     norm = norm.double().to(down.device)
     if kind == "mag_base":
-        return torch.linalg.vector_norm(down, dim=0)
+        length: Tensor = torch.linalg.vector_norm(down, dim=0)
+        return length
     if kind == "wanda_base":
         return (down.abs() * norm).mean(0)
     if kind == "one_a":
@@ -187,11 +188,14 @@ class CFSP(WeightMethod):
         text, views, parameters = self.text(tokens), views_of(model), parameter_count(model)
         if not all(view.gated for view in views):
             raise ModelError(f"cfsp needs MLPs with a gate, which {type(model).__name__} lacks: see flap or wanda-sp")
+        if "shortcuts" in (getattr(cast(Any, model).config, "reshaped", None) or {}):
+            raise ModelError(
+                "cfsp measures how blocks turn the hidden state, which a sliced model also does: cut, then slice"
+            )
         found = neuron_facts(model, text, lambda x, y: change(x, y, self.metric), progress)
         importance = [facts.change for facts in found]
         shares, s = block_shares(importance, self.sparsity, self.a)
-        before = [view.neurons for view in views]
-        kept = []
+        before, kept = [view.neurons for view in views], []
         for view, facts, share in zip(views, found, shares, strict=True):
             score = fine_score(*_three(view), facts.norm, self.fine, self.norm_axis, self.b, self.c)
             kept.append(top_neurons(score, rounded_width(view.neurons * share, view.neurons, self.round_to)))

@@ -38,7 +38,8 @@ def magnitude_score(down: Tensor) -> Tensor:
     >>> magnitude_score(torch.tensor([[3.0, 1.0], [4.0, 0.0]])).tolist()
     [5.0, 1.0]
     """
-    return torch.linalg.vector_norm(down.double(), dim=0)
+    length: Tensor = torch.linalg.vector_norm(down.double(), dim=0)
+    return length
 
 
 def wanda_score(down: Tensor, norm: Tensor) -> Tensor:
@@ -88,7 +89,8 @@ class NeuronPruning(WeightMethod):
             else [(1 - self.sparsity) * n for n in before]
         )
         kept = [
-            top_neurons(s, rounded_width(width, s.numel(), self.round_to)) for s, width in zip(scores, exact, strict=True)
+            top_neurons(s, rounded_width(width, s.numel(), self.round_to))
+            for s, width in zip(scores, exact, strict=True)
         ]
         added = []
         for down, fact, ids in zip(downs, facts, kept, strict=True):

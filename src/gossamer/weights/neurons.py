@@ -75,7 +75,9 @@ def neuron_facts(
         turns = [change(x[0].float(), y[0].float()) for x, y in zip(stage.inputs, stage.outputs, strict=True)]
         mean = sums[0] / count
         variance = (sums[1] / count - mean.square()).clamp(min=0)
-        found.append(NeuronFacts((sums[1] / len(tokens)).sqrt(), mean, variance, float(torch.cat(turns).double().mean())))
+        found.append(
+            NeuronFacts((sums[1] / len(tokens)).sqrt(), mean, variance, float(torch.cat(turns).double().mean()))
+        )
     return found
 
 

@@ -33,7 +33,9 @@ class Recovery(BaseModel):
     steps: int = Field(0, ge=0, description="optimizer steps; 0: none")
     rank: int = Field(32, ge=1, description="of the adapters; where blocks differ, the mean")
     alpha: float = Field(10.0, gt=0, description="adapters are scaled by alpha / rank")
-    dropout: float = Field(0.05, ge=0, lt=1, description="share of the input channels that a step leaves out of the adapters")
+    dropout: float = Field(
+        0.05, ge=0, lt=1, description="share of the input channels that a step leaves out of the adapters"
+    )
     lr: float = Field(2e-4, gt=0, description="learning rate at its height")
     warmup: int = Field(400, ge=0, description="steps of warm-up; a tenth of the steps if that is less")
     batch: int = Field(12, ge=1, description="sequences in a step")

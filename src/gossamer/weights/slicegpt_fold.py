@@ -31,18 +31,28 @@ def places_of(model: nn.Module) -> Places:
     config: Any = getattr(model, "config", None)
     kind = getattr(config, "model_type", type(model).__name__)
     if kind not in PLACES or not hasattr(model, "lm_head"):
-        raise ModelError(f"{kind} models cannot be sliced: it takes one norm before each sub-layer ({', '.join(PLACES)})")
-    if getattr(config, "reshaped", None) is not None:
-        raise ModelError("this model has widths of its own already: slice before other methods change shapes, and once")
+        raise ModelError(
+            f"{kind} models cannot be sliced: it takes one norm before each sub-layer ({', '.join(PLACES)})"
+        )
+    if "shortcuts" in (getattr(config, "reshaped", None) or {}):
+        raise ModelError("this model is sliced already: start from the whole one")
     if kind == "opt" and (
         not config.do_layer_norm_before
         or config.word_embed_proj_dim != config.hidden_size
         or getattr(config, "_remove_final_layer_norm", False)
     ):
-        raise ModelError("this OPT model cannot be sliced: its norms follow its sub-layers, or its embeddings are projected")
+        raise ModelError(
+            "this OPT model cannot be sliced: its norms follow its sub-layers, or its embeddings are projected"
+        )
     if getattr(config, "add_cross_attention", False):
         raise ModelError("models with cross-attention cannot be sliced")
     return PLACES[kind]
+
+
+def stream_width(model: nn.Module, places: Places) -> int:
+    """Width of the residual stream as the embeddings make it."""
+    table: Any = model.get_submodule(places.embeddings[0])
+    return int(table.weight.shape[1])
 
 
 def readers(block_matrices: list[Matrix], places: Places) -> list[list[Matrix]]:
@@ -95,7 +105,7 @@ def fold_norms(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):
             raise InputError(f"{name} holds NaN or infinite values: a model like that cannot be sliced")
-    width = model.get_submodule(places.embeddings[0]).weight.shape[1]
+    width = stream_width(model, places)
     is_gemma = cast(Any, model).config.model_type == "gemma"
     by_block: dict[int, list[Matrix]] = {}
     for matrix in matrices(model):
