@@ -94,7 +94,8 @@ def run(
         (one row of the middle dropped, and every second row), or ``linear`` (the weights in ``WEIGHTS`` times 1, 4 and 8
         rows; contexts and the shape of the attention don't matter to it). ``delta_linear``,
         ``channel_sparse_linear`` and ``sparse_mlp`` are timed on the weights and shares of inputs or neurons in
-        ``measure.bench_activations``, beside the dense layer; ``sparse_linear`` on those of ``measure.bench_weights``. ``block_sparse_attention`` and ``vertical_slash_attention``
+        ``measure.bench_activations``, beside the dense layer; ``sparse_linear`` on those of
+        ``measure.bench_weights``. ``block_sparse_attention`` and ``vertical_slash_attention``
         work on prompts of a shape of their own: see ``measure.bench_prefill``, also for what their rows hold. Of the
         parameters below they take ``contexts``, ``dtypes`` and ``seed``.
     contexts

@@ -71,7 +71,9 @@ def _prompt(dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> list[Wa
     for share in PROMPT_SHARES:
         blocks = blocked(weight, share, "4x1")
         ways.append(_sparse(f"4x1 {share:.0%}", x, ops.pack(blocks)))
-        ways.append(_sparse(f"4x1 {share:.0%} int8", x, ops.pack(blocks, int8=True)))
+        small = ops.pack(blocks, int8=True)
+        ways.append(_sparse(f"4x1 {share:.0%} int8", x, small))
+        ways.append(_sparse(f"4x1 {share:.0%} product", torch.randint(0, 256, x.shape, dtype=torch.uint8), small))
         if share >= 0.5:
             single = blocked(weight, share, "csr")
             for format, pattern in (("1x4", blocked(weight, share, "1x4")), ("csr", single), ("stream", single)):
