@@ -3,6 +3,6 @@
 Importing this package registers them; a new one is a file here and a line below.
 """
 
-from gossamer.weights import native_linear, prune, sparse_linear
+from gossamer.weights import cpu_block_spmm, native_linear, prune, sparse_linear
 
-__all__ = ["native_linear", "prune", "sparse_linear"]
+__all__ = ["cpu_block_spmm", "native_linear", "prune", "sparse_linear"]
