@@ -222,7 +222,7 @@ def load_sparse(folder: str | Path) -> nn.Module:
     missing = [key for key in missing if key not in tied]
     if missing or unexpected:
         raise ModelError(f"{folder} does not fit {type(model).__name__}: see {', '.join([*missing, *unexpected][:3])}")
-    if hasattr(model, "tie_weights"):
+    if isinstance(model, transformers.PreTrainedModel):
         model.tie_weights()
     return model.eval()
 

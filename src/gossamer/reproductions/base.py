@@ -64,6 +64,7 @@ _MODULES = (
     "delta_activation",
     "cats",
     "chess",
+    "cpu_block_spmm",
     "double_sparsity",
     "ems",
     "hip_attention",
