@@ -48,6 +48,7 @@ def test_kernels_compile_for_an_h100(tmp_path):
         "_list_changes",
         "_list_channels",
         "_sum_rows",
+        "_multiply_blocks",
     }
 
 
@@ -70,8 +71,9 @@ def main():
     from gossamer.gpu.prefill_attention import block_sparse_attention, vertical_slash_attention
     from gossamer.gpu.quantized_kv import quantized_decode_attention
     from gossamer.gpu.select_topk import select_topk
+    from gossamer.gpu.sparse_linear import sparse_linear
     from gossamer.gpu.sparse_mlp import sparse_mlp
-    from gossamer.ops import LabelCache, NeuronWeights, QuantizedRows
+    from gossamer.ops import LabelCache, NeuronWeights, QuantizedRows, pack
 
     class H100:
         def get_current_target(self):
@@ -164,6 +166,15 @@ def main():
         weights = NeuronWeights(*matrices, activation=activation)
         sparse_mlp(torch.zeros(rows, 4096, dtype=dtype), weights, torch.tensor(0.5), None, None, None)
     sparse_mlp(torch.zeros(1, 4096), weights.quantized(), None, None, ids(99), None)
+    for tokens, dtype, activation in (
+        (1, torch.bfloat16, None),
+        (128, torch.float16, "gelu"),
+        (20, torch.float32, "silu"),
+    ):
+        blocks, bias = pack(torch.ones(64, 256, dtype=dtype)), torch.zeros(64, dtype=dtype)
+        sparse_linear(
+            torch.zeros(tokens, 256, dtype=dtype), blocks, bias, activation, torch.zeros(tokens, 64, dtype=dtype)
+        )
 
 
 if __name__ == "__main__":

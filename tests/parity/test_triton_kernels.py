@@ -32,10 +32,12 @@ from gossamer.ops import (  # noqa: E402
     label_attention,
     label_scores,
     merge_rows,
+    pack,
     pooled_attention,
     quantize_rows,
     quantized_decode_attention,
     select_topk,
+    sparse_linear,
     sparse_mlp,
     use_backend,
     vertical_slash_attention,
@@ -641,3 +643,23 @@ def test_channel_sparse_linear(dtype, rows, int8, inputs, outputs):
         assert got.dtype is dtype
         torch.testing.assert_close(got, out, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype], equal_nan=True)
         assert torch.equal(counts, got_counts)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize(
+    ("tokens", "outputs", "inputs", "sparsity"), [(1, 8, 40, 0.5), (19, 13, 200, 0.6), (70, 20, 96, 0.0)]
+)
+def test_sparse_linear(dtype, tokens, outputs, inputs, sparsity):
+    kept = (torch.rand(-(-outputs // 4), inputs) >= sparsity).repeat_interleave(4, 0)[:outputs]
+    weight = pack((torch.randn(outputs, inputs) * kept / 8).to(dtype), "4x1")
+    x = torch.randn(tokens, 2 * inputs).to(dtype)[:, ::2]
+    added, bias = torch.randn(tokens, outputs + 3).to(dtype)[:, 3:], torch.randn(outputs).to(dtype)
+    for arguments in ((), (bias, "gelu"), (bias, "silu", added), (None, "relu", added), (None, "gelu_tanh")):
+        want, got = both(lambda arguments=arguments: sparse_linear(x, weight, *arguments))
+        assert got.dtype is dtype
+        close(want, got, dtype)
+
+
+def test_sparse_linear_of_an_empty_weight():
+    _, got = both(lambda: sparse_linear(torch.ones(3, 8), pack(torch.zeros(6, 8))))
+    assert not got.any()

@@ -41,6 +41,7 @@ GOSSAMER_INLINE void turn(const SparseLinearArgs& a, int64_t token, int64_t k, f
   alignas(64) float copy[kUnit][kUnit];
   const uint32_t* rows[kUnit];
   for (int64_t r = 0; r < kUnit; ++r) {
+    if (r < here) prefetch(x + r * a.x_row + 8 * kUnit);  // sixteen rows at once are more than the hardware follows
     if (sizeof(T) == 4 && r < here && columns == kUnit) {
       rows[r] = reinterpret_cast<const uint32_t*>(x + r * a.x_row);
       continue;
@@ -182,6 +183,7 @@ template <class E, class Pack, class Strip, class Write>
 void run_tiles(const SparseLinearArgs& a, const Tiles<E>& tiles, const Pack& pack, const Strip& strip, const Write& write) {
   const int64_t pieces = ceil_div(tiles.rows, kPacked), strips = ceil_div(a.outputs, kStrip), count = tiles.count();
   const int64_t chunk = imax(1, imin(16, strips * count / (a.threads * 8))), chunks = ceil_div(strips, chunk);
+  const int64_t out_bytes = a.dtype == kBFloat16 && !a.raw ? 2 : 4;
   Queue packing, working;
   parallel(a.threads, [&](int thread, int threads) {
     for (int64_t i; (i = packing.next()) < count * pieces;)
@@ -191,6 +193,10 @@ void run_tiles(const SparseLinearArgs& a, const Tiles<E>& tiles, const Pack& pac
     for (int64_t i; (i = working.next()) < count * chunks;) {
       const int64_t tile = i / chunks, width = tiles.width(tile);
       for (int64_t s = i % chunks * chunk, end = imin(s + chunk, strips); s < end; ++s) {
+        // The lines that will be written are far apart: they come while the strip is computed.
+        char* line = static_cast<char*>(a.out) + (tile * tiles.tile * a.outputs + s * kStrip) * out_bytes;
+        for (int64_t n = imin(width, a.tokens - tile * tiles.tile); n > 0; --n, line += a.outputs * out_bytes)
+          __builtin_prefetch(line, 1, 2);
         strip(thread, tile, s * kStrip, sums);
         for (int64_t n = 0; n < width; n += kUnit) {
           const uint32_t* rows[kStrip];
@@ -265,6 +271,7 @@ Status multiply_int8(const SparseLinearArgs& a) {
           const int64_t token = i * kTile + first(q, width) + b;
           if (4 * q < width && token < a.tokens && j < columns) {
             const T* x = static_cast<const T*>(a.x) + token * a.x_row + k + j;
+            if constexpr (sizeof(T) == 1) prefetch(x + 16 * kUnit);
             word |= quantised(x, columns - j, sizeof(T) > 1 ? how[token] : Quantised{}) << int32_t(8 * b);
           }
         }

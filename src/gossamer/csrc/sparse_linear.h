@@ -43,6 +43,8 @@ struct Quantised {
 template <class T>
 Quantised quantised_as(const SparseLinearArgs& a, int64_t token) {
   const T* x = static_cast<const T*>(a.x) + token * a.x_row;
+  if (token + 1 < a.tokens)  // a row is too short for the hardware to see where it leads
+    for (int64_t k = 0; k < a.inputs; k += 64 / int64_t(sizeof(T))) prefetch(x + a.x_row + k);
   vf low = {}, high = {}, wrong = {};
   for (int64_t k = 0; k < a.inputs; k += kLanes) {
     const vf v = load_some(x + k, a.inputs - k);

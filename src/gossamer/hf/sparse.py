@@ -68,6 +68,7 @@ class SparseLayers:
         int8: 8-bit weights, and inputs rounded row by row.
         thresholds: by format, instead of `BREAK_EVEN`'s.
         include: decides by dotted parameter name which layers are looked at (default: those in blocks, as `matrices` has it).
+        inputs: (scale, zero point) of a layer's inputs by its dotted name, where they are known; with 8 bits.
 
     Attributes:
         layers: `SparseLinear` by the dotted name of the module.
@@ -85,6 +86,7 @@ class SparseLayers:
         int8: bool = False,
         thresholds: Mapping[str, float] | None = None,
         include: Callable[[str], bool] | None = None,
+        inputs: Mapping[str, tuple[float, int]] | None = None,
     ) -> None:
         if format != "auto" and format not in FORMATS and parse_nm(format) is None:
             raise InputError(f"the format is auto, {', '.join(FORMATS)} or N:M, not {format!r}")
@@ -105,7 +107,9 @@ class SparseLayers:
             if chosen is None:
                 self.skipped.append(name)
                 continue
-            made[matrix.module] = self.layers[name] = SparseLinear.from_dense(matrix.module, chosen, int8=int8).eval()
+            scale, zero = (inputs or {}).get(name, (None, 0)) if int8 else (None, 0)
+            layer = SparseLinear.from_dense(matrix.module, chosen, int8=int8, act_scale=scale, act_zero=zero).eval()
+            made[matrix.module] = self.layers[name] = layer
         for parent in list(model.modules()):  # a layer may hang in several places
             for child_name, child in list(parent.named_children()):
                 if child in made:
@@ -218,7 +222,7 @@ def load_sparse(folder: str | Path) -> nn.Module:
     missing = [key for key in missing if key not in tied]
     if missing or unexpected:
         raise ModelError(f"{folder} does not fit {type(model).__name__}: see {', '.join([*missing, *unexpected][:3])}")
-    if hasattr(model, "tie_weights"):
+    if isinstance(model, transformers.PreTrainedModel):
         model.tie_weights()
     return model.eval()
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gossamer import ops
 from gossamer.errors import InputError, UnknownNameError
-from gossamer.measure import bench_activations, bench_prefill
+from gossamer.measure import bench_activations, bench_prefill, bench_weights
 from gossamer.measure.bandwidth import ReadBandwidth
 from gossamer.ops.attention_row import attention_row, decode_attention_with_row
 from gossamer.ops.attention_statistics import attention_columns
@@ -39,6 +39,7 @@ OPERATORS = (
     "linear",
     "quantized_decode_attention",
     "select_topk",
+    "sparse_linear",
     "sparse_mlp",
     "vertical_slash_attention",
 )
@@ -93,7 +94,8 @@ def run(
         (one row of the middle dropped, and every second row), or ``linear`` (the weights in ``WEIGHTS`` times 1, 4 and 8
         rows; contexts and the shape of the attention don't matter to it). ``delta_linear``,
         ``channel_sparse_linear`` and ``sparse_mlp`` are timed on the weights and shares of inputs or neurons in
-        ``measure.bench_activations``, beside the dense layer. ``block_sparse_attention`` and ``vertical_slash_attention``
+        ``measure.bench_activations``, beside the dense layer; ``sparse_linear`` on those of
+        ``measure.bench_weights``. ``block_sparse_attention`` and ``vertical_slash_attention``
         work on prompts of a shape of their own: see ``measure.bench_prefill``, also for what their rows hold. Of the
         parameters below they take ``contexts``, ``dtypes`` and ``seed``.
     contexts
@@ -152,10 +154,11 @@ def run(
                     shape = {"weight": name, "inputs": inputs, "outputs": outputs, "rows": count}
                     rows += _rows({"op": op, "dtype": dtype, **shape}, variants, times, bandwidth)
         return rows
-    if op in bench_activations.OPERATORS:
+    if op in bench_activations.OPERATORS or op in bench_weights.OPERATORS:
+        cases = bench_activations.cases if op in bench_activations.OPERATORS else bench_weights.cases
         for dtype in dtypes:
             torch.manual_seed(seed)
-            for shape, *ways in bench_activations.cases(op, DTYPES[dtype]):
+            for shape, *ways in cases(op, DTYPES[dtype]):
                 if progress:
                     progress(f"{op} {dtype}: {shape['weight']}, {shape['rows']} rows")
                 variants, tiny = ([Variant(*way) for way in part] for part in ways)

@@ -120,7 +120,7 @@ class SparseLinear(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         before = self._packed
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         held = {name: tensor for name, tensor in self._buffers.items() if name != SPEC and tensor is not None}
         kept = ("scale", "act_scale", "act_zero")
         if held["values"].dtype is not before.values.dtype:

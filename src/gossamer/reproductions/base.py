@@ -66,6 +66,7 @@ _MODULES = (
     "cats",
     "cfsp",
     "chess",
+    "cpu_block_spmm",
     "double_sparsity",
     "ems",
     "hip_attention",

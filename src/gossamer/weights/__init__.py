@@ -5,6 +5,7 @@ Importing this package registers them; a new one is a file here and a line below
 
 from gossamer.weights import (
     cfsp,
+    cpu_block_spmm,
     dsee,
     essential_sparsity,
     masksparsity,
@@ -21,6 +22,7 @@ from gossamer.weights import (
 
 __all__ = [
     "cfsp",
+    "cpu_block_spmm",
     "dsee",
     "essential_sparsity",
     "masksparsity",
