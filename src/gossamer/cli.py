@@ -6,20 +6,31 @@ import json
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-from gossamer import __version__
-from gossamer.errors import GossamerError, InputError, OutputError
+from gossamer import __version__, cli_weights
+from gossamer.cli_common import (
+    DtypeOpt,
+    Format,
+    FormatOpt,
+    ModelArg,
+    SetOpt,
+    ThreadsOpt,
+    comma_names,
+    emit,
+    err,
+    load_model,
+    out,
+    print_table,
+    progress_bar,
+    settings_of,
+    writable,
+)
+from gossamer.errors import GossamerError, InputError
 
 app = typer.Typer(
     name="gossamer",
@@ -32,28 +43,7 @@ app = typer.Typer(
 #: Tasks of a study: a needle, and three of RULER's kinds.
 STUDY_TASKS = "passkey,needle_kv,multi_needle,variable_tracking"
 
-out, err = Console(), Console(stderr=True)
 _debug = False
-
-
-class Format(StrEnum):
-    """How to print rows."""
-
-    table = "table"
-    json = "json"
-    markdown = "markdown"
-
-
-ModelArg = Annotated[
-    str, typer.Argument(help="smollm2 (the default model), a folder, a GGUF file, or a hub id.", metavar="MODEL")
-]
-FormatOpt = Annotated[Format, typer.Option("--format", "-f", help="How to print.")]
-SetOpt = Annotated[
-    list[str] | None,
-    typer.Option("--set", "-s", help="A setting, as name=value. May be repeated.", metavar="NAME=VALUE"),
-]
-DtypeOpt = Annotated[str | None, typer.Option(help="float32 or bfloat16 (default: the model's own).")]
-ThreadsOpt = Annotated[int | None, typer.Option(min=1, help="Threads to compute with (default: all cores).")]
 
 
 def _version(show: bool) -> None:
@@ -73,77 +63,6 @@ def _main(
     _debug = debug
 
 
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on stderr, fed with (what, done, total)."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=True) as bar:
-        task = bar.add_task("starting", total=None)
-        yield lambda what, done, total: bar.update(task, description=what[:48], completed=done, total=total)
-
-
-def _table(rows: Sequence[dict[str, Any]], title: str | None = None, right: Sequence[str] = ()) -> None:
-    table = Table(title=title, box=None, pad_edge=False, header_style="bold")
-    for name in rows[0] if rows else ():
-        table.add_column(name.replace("_", " "), justify="right" if name in right else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*("" if v is None else f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
-    out.print(table)
-
-
-def _emit(rows: Sequence[dict[str, Any]], format_: Format, right: Sequence[str] = ()) -> None:
-    """Rows as a terminal table, JSON, or a Markdown table."""
-    if format_ is Format.json:
-        print(json.dumps(list(rows), indent=1))
-    elif format_ is Format.markdown:
-        names = list(rows[0]) if rows else []
-        print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
-        for row in rows:
-            print("| " + " | ".join(str(value).replace("|", "\\|") for value in row.values()) + " |")
-    else:
-        _table(rows, right=right)
-
-
-def _names(text: str) -> list[str]:
-    """What stands between commas."""
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _settings(pairs: Sequence[str] | None) -> dict[str, Any]:
-    """``name=value`` pairs; values are read as YAML, so numbers, lists and booleans come out as such."""
-    import yaml
-
-    result: dict[str, Any] = {}
-    for pair in pairs or ():
-        name, equals, value = pair.partition("=")
-        if not equals or not name:
-            raise InputError(f"--set takes name=value, got {pair!r}")
-        result[name.strip()] = yaml.safe_load(value)
-    return result
-
-
-def _load(model: str, dtype: str | None, threads: int | None) -> Any:
-    import torch
-
-    from gossamer.models import load
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    return load(model, dtype=dtype)
-
-
-def _writable(path: Path) -> Path:
-    """Fail before the work, not after it, if a file cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        probe = path.with_name(f".{path.name}.probe")
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from None
-    return path
-
-
 @app.command("list")
 def list_(
     family: Annotated[str | None, typer.Option(help="Only this family.")] = None,
@@ -158,7 +77,7 @@ def list_(
     chosen = [r for r in rows() if family in (None, r["family"]) and (not available or r["status"] == "available")]
     if format_ is Format.table:
         shown = [{**r, "baseline": "baseline" if r["baseline"] else ""} for r in chosen]
-        _emit(shown, format_)
+        emit(shown, format_)
         systems = [r for r in chosen if not r["baseline"]]
         ready = sum(r["status"] == "available" for r in systems)
         out.print(
@@ -166,7 +85,7 @@ def list_(
             "`gossamer show SLUG` tells more."
         )
     else:
-        _emit(chosen, format_)
+        emit(chosen, format_)
 
 
 def _about(method: Any) -> str:
@@ -218,7 +137,7 @@ def show(
         for title, part in (("Settings", "settings"), ("The paper's claims", "claims")):
             if facts.get(part):
                 print(f"\n## {title}\n")
-                _emit([dict(row) for row in facts[part]], format_)
+                emit([dict(row) for row in facts[part]], format_)
         return
     out.print(f"[bold]{facts['name']}[/bold]  ({facts['status']}{', baseline' if facts['baseline'] else ''})")
     if system is not None:
@@ -233,10 +152,10 @@ def show(
     out.print(f"Family: {facts['family']}   Slot: {facts['slot']}", highlight=False)
     if known is not None:
         out.print(f"\n{facts['about']}\n", highlight=False, markup=False)
-        _table([{**row, "default": str(row["default"])} for row in facts["settings"]], title="Settings")
+        print_table([{**row, "default": str(row["default"])} for row in facts["settings"]], title="Settings")
     if system is not None and system.claims:
         out.print()
-        _table(
+        print_table(
             [asdict(claim) for claim in system.claims], title="What the paper claims (literature, not measured here)"
         )
 
@@ -265,6 +184,9 @@ def compare(
     ] = None,
     examples: Annotated[int, typer.Option(min=0, help="Prompts per task.")] = 4,
     text: Annotated[str, typer.Option(help="Evaluation text: prose, code, or a path.")] = "prose",
+    latency: Annotated[
+        float, typer.Option(min=0.05, help="Weights: also rank at this share of the dense time of a step.")
+    ] = 0.8,
     seed: Annotated[int, typer.Option(help="Seed of texts and tasks.")] = 0,
     dtype: DtypeOpt = None,
     threads: ThreadsOpt = None,
@@ -286,17 +208,25 @@ def compare(
 
     for path in (html, json_):
         if path is not None:
-            _writable(path)
+            writable(path)
     try:
         value = check(parse(budget))
     except ValueError as error:
         raise InputError(f"--budget {error}") from None
+    if family == "weights":
+        if html is not None or recipe or stack is not None or tasks:
+            raise InputError(
+                "a study of weights takes --budget, --methods, --latency, --text, --json and the like, not these"
+            )
+        slugs = comma_names(methods) if methods is not None else None
+        cli_weights.study(model, slugs, value, latency, context, segments, text, seed, dtype, threads, json_, format_)
+        return
     share = value if isinstance(value, float) else min(1.0, value / context)
-    slugs = _names(methods or "double-sparsity,streaming-llm,quest")
+    slugs = comma_names(methods or "double-sparsity,streaming-llm,quest")
     if family is not None:
         if methods is not None:
             raise InputError("give --methods or --family, not both")
-        families = _names(family)
+        families = comma_names(family)
         for name in families:
             if not any(m.family == name for m in registered().values()):
                 raise InputError(f"no method of the family {name!r} is available: see `gossamer list`")
@@ -310,16 +240,16 @@ def compare(
         context=context,
         decode_tokens=decode,
         segments=segments,
-        tasks=tuple(_names(tasks if tasks is not None else "passkey" if family is None else STUDY_TASKS)),
+        tasks=tuple(comma_names(tasks if tasks is not None else "passkey" if family is None else STUDY_TASKS)),
         examples=examples,
         seed=seed,
         source=text,
         budget=share if family is not None else None,
     )
     recipes = [(path, Recipe.load(path)) for path in recipe or ()]
-    with _progress() as progress:
+    with progress_bar() as progress:
         progress(f"loading {model}", 0, 1)
-        loaded = _load(model, dtype, threads)
+        loaded = load_model(model, dtype, threads)
         if family is not None:
             shape, size = model_shape(loaded.model), next(loaded.model.parameters()).element_size()
             chosen = [at_budget(slug, share, context, shape, size) for slug in slugs]
@@ -370,15 +300,15 @@ def calibrate(
     from gossamer.measure.compare import calibration_tokens, learn
     from gossamer.registry import make
 
-    made: Any = make(slug, **_settings(set_))
+    made: Any = make(slug, **settings_of(set_))
     if "calibration" not in made.needs:
         raise InputError(f"{slug} needs no calibration: attach it as it is")
     if import_ is not None and not hasattr(made, "import_calibration"):
         raise InputError(f"{slug} has no released calibration files to import")
-    path = _writable(output if output is not None else Path(f"{slug}.safetensors"))
-    with _progress() as progress:
+    path = writable(output if output is not None else Path(f"{slug}.safetensors"))
+    with progress_bar() as progress:
         progress(f"loading {model}", 0, 2)
-        loaded = _load(model, dtype, threads)
+        loaded = load_model(model, dtype, threads)
         progress("calibrating", 1, 2)
         if import_ is not None:
             calibration = made.import_calibration(import_, loaded.model)
@@ -387,6 +317,9 @@ def calibrate(
             calibration = learn(made, loaded.model, tokens, progress)
     calibration.save(path)
     out.print(f"wrote {path} ({path.stat().st_size / 1e3:.0f} kB, for {loaded.name})", highlight=False)
+
+
+app.command()(cli_weights.apply)
 
 
 @app.command()
@@ -410,7 +343,7 @@ def generate(
     if not text.strip():
         raise InputError("the prompt is empty")
     loaded_recipe = Recipe.load(recipe) if recipe is not None else None
-    loaded = _load(model, dtype, threads)
+    loaded = load_model(model, dtype, threads)
 
     def write(piece: str) -> None:
         sys.stdout.write(piece)
@@ -460,14 +393,14 @@ def bench(
     if op == "decoding":
         from gossamer.measure import bench_decoding
 
-        with _progress() as progress:
+        with progress_bar() as progress:
             rows = bench_decoding.run(names, progress=lambda what: progress(what, 0, 1))
-        _emit(rows, format_, right=("tokens_per_forward", "nodes_per_forward", "ms_per_token", "speedup"))
+        emit(rows, format_, right=("tokens_per_forward", "nodes_per_forward", "ms_per_token", "speedup"))
         return
-    with _progress() as progress:
+    with progress_bar() as progress:
         progress(f"timing {op}", 0, 1)
         rows = benches.run(op, contexts=lengths, dtypes=names)
-    _emit(rows, format_, right=("ms", "context", "ratio_to_native_dense", "ratio_to_torch", "bandwidth_share"))
+    emit(rows, format_, right=("ms", "context", "ratio_to_native_dense", "ratio_to_torch", "bandwidth_share"))
 
 
 @app.command()
@@ -485,7 +418,7 @@ def reproduce(
         raise typer.BadParameter("name one system, or pass --all")
     for name in reproductions.reproductions() if all_ else [slug]:
         assert name is not None
-        with _progress() as progress:
+        with progress_bar() as progress:
             result = reproductions.run(name, progress, output)
         out.print(f"[bold]{name}[/bold]: {result['verdict']}", highlight=False)
         for part in ("claim", "setting", "threshold", "measured", "explanation"):
@@ -503,9 +436,9 @@ def scoreboard(
 
     rows = reproductions.scoreboard(output)
     if format_ is Format.table:
-        _emit([{k: r[k] for k in ("slug", "status", "verdict", "measured")} for r in rows], format_)
+        emit([{k: r[k] for k in ("slug", "status", "verdict", "measured")} for r in rows], format_)
     else:
-        _emit(rows, format_)
+        emit(rows, format_)
 
 
 def main() -> None:

@@ -41,3 +41,11 @@ def test_relu_sparsity(capsys):
     assert result["same"] == 1
     assert result["read"] < 0.85
     assert "of the MLPs' weights were read" in capsys.readouterr().out
+
+
+def test_prune_and_save(capsys):
+    result = load("prune_and_save").main(["--steps", "60"])
+    assert result["sparsegpt"] <= result["magnitude"] + 0.02 < result["random-weights"] + 0.04
+    assert result["trained"] < result["sparsegpt"]
+    assert abs(result["zeros"] - 0.5) < 0.01
+    assert "loaded again" in capsys.readouterr().out

@@ -1,6 +1,6 @@
 """Models: loading real ones by name, path or hub id, making tiny random ones, and training small ones."""
 
-from gossamer.models.load import LoadedModel, cache_folder, fingerprint, load, smollm2_file
+from gossamer.models.load import LoadedModel, cache_folder, fingerprint, load, quiet, smollm2_file
 from gossamer.models.lora import LoRA
 from gossamer.models.masked import MaskHolder
 from gossamer.models.tiny import FAMILIES, tiny_model
@@ -18,6 +18,7 @@ __all__ = [
     "cache_folder",
     "fingerprint",
     "load",
+    "quiet",
     "smollm2_file",
     "tiny_model",
     "train",

@@ -211,7 +211,7 @@ def _from_pretrained(source: str, what: str, check: bool, *, dtype: torch.dtype 
     for module in _OWN_MODELS:
         importlib.import_module(module)
     try:
-        with _quiet():
+        with quiet():
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **where)
             model, report = AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **where
@@ -499,8 +499,8 @@ def _one_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide transformers' progress bar: a load takes about a second, and the command has its own output."""
+def quiet() -> Iterator[None]:
+    """Hide transformers' progress bars: loading and saving take about a second, and the command has its own output."""
     from transformers.utils import logging as hf_logging
 
     shown = hf_logging.is_progress_bar_enabled()

@@ -16,12 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gossamer.errors import InputError
+from gossamer.models.checkpoints import next_checkpoint, resumable
 from gossamer.models.masked import MaskHolder
 from gossamer.models.tiny import tiny_model
 from gossamer.patterns import Masks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+__all__ = ["Plan", "Training", "bits_per_byte", "byte_model", "resumable", "train"]
 
 #: How often the curve takes a point.
 _POINTS = 50
@@ -118,7 +121,12 @@ def train(
     every, training, step = max(1, plan.steps // _POINTS), Training(), -1
     call: Any = model
     model.train()
+    # What a penalty or a hook remembers is not in a checkpoint: such runs start again.
+    saver = next_checkpoint(model, optimizer, str(plan)) if penalty is None and after_step is None else None
+    start = saver.load(training.curve) if saver is not None else 0
     for step, batch in zip(range(plan.steps), batches, strict=False):
+        if step < start:
+            continue
         for group in optimizer.param_groups:
             group["lr"] = plan.rate(step)
         logits = call(batch[:, :-1], use_cache=False).logits
@@ -141,6 +149,8 @@ def train(
                 raise InputError(f"the loss is not finite at step {step}: lower the learning rate or the penalty")
             training.curve.append(point)
             progress("training", step + 1, plan.steps)
+        if saver is not None:
+            saver.after(step, plan.steps, training.curve)
     if holder is not None:
         holder.release()
     model.eval()

@@ -71,8 +71,10 @@ class WeightMethod(Method):
         return tokens
 
     @classmethod
-    def with_kept(cls, share: float) -> Self:
-        """Settings that keep this share of the parameters that the method counts; for methods with a `sparsity`.
+    def with_kept(cls, share: float, model: nn.Module) -> Self:
+        """Settings that leave this share of the parameters in the blocks' matrices, by count of what is not zero.
+
+        Here: a `sparsity` of what is left. Methods that cut shapes say by formula which setting does it on this model.
 
         Raises:
             InputError: the method has no such setting.
