@@ -230,11 +230,11 @@ class MaskedBNSparsity:
 def scale_gap(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, dict[str, list[float]]]:
     """|γ| of pruned and kept channels of each norm: ``[min, median, max]``, empty where there are none.
 
-    A clear gap around the threshold (pruned ≤ 1e-3, kept ≥ 0.1) says that the cut is safe.
+    A clear gap around the threshold (pruned ≤ 1e-3, kept ≥ 0.1) says that the cut is safe; look at it while a run goes on,
+    from the `progress` of `train_images`, say.
     """
     gaps: dict[str, dict[str, list[float]]] = {}
-    for parameter, keep in Masks(masks).parameters(model):
-        name = next(n for n, p in model.named_parameters() if p is parameter)
+    for name, (parameter, keep) in zip(masks, Masks(masks).parameters(model), strict=True):
         parts = {"pruned": parameter.detach().abs()[~keep], "kept": parameter.detach().abs()[keep]}
         gaps[name] = {k: [float(f) for f in (v.min(), v.median(), v.max())] if len(v) else [] for k, v in parts.items()}
     return gaps
