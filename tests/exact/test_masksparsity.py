@@ -20,7 +20,7 @@ from gossamer.models.channel_graph import channel_graph
 from gossamer.models.resnet import ImagePlan, accuracy, small_resnet, train_images
 from gossamer.patterns import Masks
 from gossamer.registry import make
-from gossamer.weights.masksparsity import (
+from gossamer.weights.masksparsity_masks import (
     MaskedBNSparsity,
     bn_mask,
     energy_threshold,

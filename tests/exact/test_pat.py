@@ -343,10 +343,32 @@ def test_the_method_tunes_and_merges(gate):
     assert applied.facts["parameters"]["after"] == sum(p.numel() for p in applied.model.parameters())
     assert applied.facts["curve"][-1]["loss"] < applied.facts["curve"][0]["loss"]
     assert len(applied.facts["open"]) == 60
+    assert applied.facts["open"][-1] == size["after"]
     assert {"training", "merging"} == set(seen)
     if gate == "fixed":
         again = method.apply(tiny_model("llama"), text)
         assert torch.equal(logits(applied.model), logits(again.model))
+
+
+def test_a_share_of_the_parameters_is_a_share_of_the_hidden_size():
+    method = type(make("pat")).with_kept(0.5, tiny_model("llama"))
+    assert method.attach_tuning(tiny_model("llama")).keep == 32
+
+
+@pytest.mark.slow
+def test_the_real_model_is_cut_exactly(smollm2):
+    model, tokenizer = copy.deepcopy(smollm2[0]), smollm2[1]
+    tokens = tokenizer("The residual stream is cut to three quarters of its channels.", return_tensors="pt").input_ids
+    tuning = PATTuning(model, 0.75, lora=None)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        tuning.proxy.copy_(torch.randperm(576, generator=generator) - 143.5)
+        for hsm in tuning.hsms:
+            hsm.second.normal_(std=0.02, generator=generator)
+    masked = logits(model, tokens)
+    small = tuning.merge()
+    assert small.config.hidden_size == 432
+    assert float((logits(small, tokens) - masked).abs().max()) < 1e-3 * float(masked.abs().max())
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,8 @@ from gossamer.models.resnet import ImagePlan, accuracy, small_resnet, train_imag
 from gossamer.patterns import Masks
 from gossamer.reproductions.base import Outcome, Progress, Reproduction
 from gossamer.weights.base import copied
-from gossamer.weights.masksparsity import MaskSparsity, bn_mask, scale_gap
+from gossamer.weights.masksparsity import MaskSparsity
+from gossamer.weights.masksparsity_masks import bn_mask, scale_gap
 
 SEEDS, EPOCHS, SEVERITY = (0, 1, 2), 12, 5
 THRESHOLDS = {"pruned": 0.02, "kept": 1.10, "drop": 0.01, "ahead": 0.05}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from pydantic import Field
@@ -70,6 +70,11 @@ class PAT(WeightMethod):
     gate: Gate = Field("unified", description="unified: the mask is learned; fixed: the last channels fade out")
     seed: int = Field(0, ge=0, description="of the modules and of the order of the text")
 
+    @classmethod
+    def with_kept(cls, share: float, model: nn.Module) -> Self:
+        """The matrices of the blocks shrink as the hidden size does."""
+        return cls(keep=share)
+
     def attach_tuning(self, model: nn.Module) -> PATTuning:
         """The modules on a model, for a training loop of your own.
 
@@ -91,7 +96,8 @@ class PAT(WeightMethod):
         """Train on batches int64 ``[batch, context + 1]``; the modules are still on, for `PATTuning.merge`.
 
         Returns:
-            The modules, and facts: the curve, the open channels at every step, the spread of the proxies when they settle.
+            The modules, and facts: the curve, how many channels were open at a hundred steps, the spread of the proxies when
+            they settle.
 
         Raises:
             InputError: too few batches, or a loss that is not finite.
@@ -101,7 +107,8 @@ class PAT(WeightMethod):
         facts: dict[str, Any] = {"open": open_}
 
         def after(step: int) -> None:
-            open_.append(len(tuning.kept()))
+            if step % max(1, self.steps // 100) == 0 or step == self.steps - 1:
+                open_.append(len(tuning.kept()))
             tuning.step(step + 1)
             if step + 1 == int(HOLD * tuning.milestone):
                 facts["separation"] = float(tuning.proxy.detach().std())

@@ -193,7 +193,7 @@ class PATTuning(nn.Module):
 
     >>> from gossamer.models import tiny_model
     >>> pat = PATTuning(tiny_model("llama"), keep=0.75, steps=90)
-    >>> pat.keep, pat.milestone, len(pat.hsms), round(float(pat.mask(hard=False).mean()), 3)
+    >>> pat.keep, pat.milestone, len(pat.hsms), pat.mask(hard=False).detach().mean().item()
     (48, 30, 5, 1.0)
     >>> pat.detach()
     """
