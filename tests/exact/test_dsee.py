@@ -304,6 +304,18 @@ def test_the_trained_count_is_the_formula():
 
 
 # --------------------------------------------------------------------------------------------------- and what else holds
+def test_a_quarter_of_the_heads_is_a_twelfth_of_a_bert_layers_products():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = BertForSequenceClassification(BertConfig(vocab_size=60, **sizes)).eval()
+    tuned = SMALL.adapt(model)
+    tune(model, tuned)
+    tuned.prune_heads(1)
+    flops, added = tuned.flops(), 2 * trained_count(2, 32, 32, 3, 10)
+    assert flops["dense"] == 2 * 2 * 12 * 32 * 32
+    assert 1 - (flops["unmerged"] - added) / flops["dense"] == pytest.approx(1 / 12)
+
+
 @pytest.mark.parametrize("heads", [0, 1])
 def test_a_task_is_a_small_file_that_gives_the_same_outputs_on_the_base(heads, tmp_path):
     model = bert()
