@@ -356,3 +356,5 @@ def test_recovery_refuses_other_ranks_and_too_little_text():
         recover(tiny_model("llama"), TOKENS, Recovery(steps=1), ranks=[1])
     with pytest.raises(InputError, match="two sequences"):
         recover(tiny_model("llama"), TOKENS[:1], Recovery(steps=1))
+    with pytest.raises(InputError, match="would change both"):
+        recover(tiny_model("gemma", tie_word_embeddings=True), TOKENS, Recovery(steps=1, head=True))

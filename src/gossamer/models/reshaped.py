@@ -18,6 +18,7 @@ The configuration stays the family's own. Its entry `reshaped` says what differs
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -219,7 +220,7 @@ def describe(model: Any) -> dict[str, Any]:
     """
     family = CLASSES[model.config.model_type].__mro__[2]
     with torch.device("meta"):
-        fresh = dict(family(model.config).named_modules())
+        fresh = dict(family(copy.deepcopy(model.config)).named_modules())
     linears, embeddings, norms, shortcuts = {}, {}, {}, {}
     for name, module in model.named_modules():
         if isinstance(module, PlainNorm):

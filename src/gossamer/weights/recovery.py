@@ -80,7 +80,7 @@ def recover(
         `loss` (held out; before and after, nats), `steps`, `parameters` (trained), `ranks`, `curve`.
 
     Raises:
-        InputError: fewer than two sequences, or not one rank for each block.
+        InputError: fewer than two sequences, not one rank for each block, or an adapter on a head with the embeddings' weights.
 
     >>> from gossamer.models import tiny_model
     >>> facts = recover(tiny_model("llama"), torch.arange(64).view(4, 16), Recovery(steps=2, rank=2, batch=2))
@@ -93,6 +93,9 @@ def recover(
         raise InputError(f"ranks must be one for each of {len(layers)} blocks, and not all zero, got {ranks}")
     if len(tokens) < 2 or tokens.shape[1] < 2:
         raise InputError(f"a recovery needs two sequences of two tokens at least, got {list(tokens.shape)}")
+    ends: Any = model
+    if settings.head and ends.lm_head.weight is ends.get_input_embeddings().weight:
+        raise InputError("an adapter on a head that shares the embeddings' weights would change both: leave recovery.head off")
     held = min(len(tokens) - 1, max(1, round(settings.held_out * len(tokens))))
     kept_out, training_text = tokens[:held], tokens[held:]
     names = {m.name.split(".")[-2] for m in matrices(model) if m.role != "linear"}
