@@ -14,10 +14,10 @@ from torch import nn
 
 from gossamer.data.images import shapes
 from gossamer.errors import InputError, ModelError
-from gossamer.models import Plan, tiny_model, train
+from gossamer.models import Plan, class_loss, tiny_model, train
 from gossamer.patterns import Masks
 from gossamer.registry import make
-from gossamer.weights.gradual import remaining_shares
+from gossamer.weights.gradual import GradualPruning, PruneRule, remaining_shares
 from gossamer.weights.sparse_model_soups import (
     SparseModelSoups,
     average,
@@ -317,6 +317,22 @@ def test_allr_starts_each_phase_by_what_its_pruning_did():
     assert len(set(starts)) == 3
 
 
+def test_a_phase_alone_serves_methods_that_prune_while_they_train():
+    model = cnn()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    rule = PruneRule("taylor", include=lambda name: True)
+    gradual = GradualPruning(0.6, end=5, every=1, rule=rule).follow(model, optimizer)
+    batches = shuffled_batches(IMAGES, LABELS, 30, 6, 0)
+    train(model, batches, Plan(6, 0.05), loss=class_loss, optimizer=optimizer, after_step=gradual.step)
+    gradual.release()
+    method = soups(copies=2)
+    facts = method.soup_of(model, gradual.masks, retrain_of(method), method.settings_of(0), inputs=INPUTS)
+    assert facts["kept"] == [0, 1]
+    assert facts["distances"]["l2_max"] > 0
+    assert all(not bool(model.get_parameter(n)[~m].any()) for n, m in gradual.masks.items())
+    assert gradual.masks.sparsity == pytest.approx(0.6, abs=0.001)
+
+
 # -- settings and diagnostics -----------------------------------------------------------------------------------------
 
 
@@ -427,8 +443,6 @@ def test_shapes_are_seeded_and_can_be_learned():
     model = cnn()
     batches = shuffled_batches(clean, classes, 40, 150, 0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    from gossamer.models import class_loss
-
     train(model, batches, Plan(steps=150, lr=0.1, warmup=5), loss=class_loss, optimizer=optimizer)
     with torch.no_grad():
         assert float((model(clean).argmax(1) == classes).float().mean()) > 0.7

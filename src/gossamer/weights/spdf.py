@@ -82,7 +82,7 @@ def initialize(model: nn.Module, std: float = 0.02, seed: int = 0) -> None:
     >>> from gossamer.models import tiny_model
     >>> model = tiny_model("gpt2")
     >>> initialize(model)
-    >>> float(model.transformer.h[0].mlp.c_fc.weight.abs().max()) <= 0.04
+    >>> float(model.transformer.h[0].mlp.c_fc.weight.detach().abs().max()) <= 0.04
     True
     """
     config: Any = getattr(model, "config", None)
