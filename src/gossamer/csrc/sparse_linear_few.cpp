@@ -49,27 +49,46 @@ GOSSAMER_INLINE v4 load_four(const bf16* p) {
   return (v4)(__builtin_convertvector(h, i4) << 16);
 }
 
-// The sums of four block rows' outputs: out[m * kOutputs + output], M tokens; x is [input][M].
-template <int M, class T>
-__attribute__((noinline)) void add_blocks(const uint16_t* columns, const T* values, int64_t count, const float* x, float* out) {
-  constexpr int U = M <= 2 ? 4 : M <= 4 ? 2 : 1;  // chains of sums, so that none waits for itself
-  v4 sum[U][M] = {};
-  const auto add = [&](int u, int64_t i) GOSSAMER_LAMBDA {
-    const v4 w = load_four(values + 4 * i);
-    const float* in = x + int64_t(columns[i]) * M;
+// Block rows that are read together for M tokens, each a stream of its own: one alone waits for memory half of the time.
+template <int M>
+constexpr int kBlockStreams = M <= 2 ? 4 : M <= 4 ? 2 : 1;
+
+// The outputs of R block rows, `apart` block rows from each other: out[m * kOutputs + 4 * row]; x is [input][M].
+template <int M, int R, class T>
+__attribute__((noinline)) void add_blocks(const SparseLinearArgs& a, int64_t row, int64_t apart, const float* x, float* out) {
+  const uint16_t* columns[R];
+  const T* values[R];
+  int64_t counts[R], common = INT64_MAX;
+  GOSSAMER_UNROLL
+  for (int r = 0; r < R; ++r) {
+    const int64_t begin = a.pointers[row + r * apart];
+    columns[r] = a.columns + begin, values[r] = static_cast<const T*>(a.values) + 4 * begin;
+    counts[r] = a.pointers[row + r * apart + 1] - begin;
+    common = imin(common, counts[r]);
+  }
+  constexpr int U = R * M >= 4 ? 1 : 4 / (R * M);  // chains of sums, so that none waits for itself
+  v4 sum[R][U][M] = {};
+  const auto add = [&](int r, int u, int64_t i) GOSSAMER_LAMBDA {
+    const v4 w = load_four(values[r] + 4 * i);
+    const float* in = x + int64_t(columns[r][i]) * M;
     GOSSAMER_UNROLL
-    for (int m = 0; m < M; ++m) sum[u][m] = add_product(sum[u][m], w, in[m] - v4{});
+    for (int m = 0; m < M; ++m) sum[r][u][m] = add_product(sum[r][u][m], w, in[m] - v4{});
   };
   int64_t i = 0;
-  for (; i + 4 <= count; i += 4) {
-    prefetch(reinterpret_cast<const char*>(values + 4 * i) + kAheadBytes);
+  for (; i + 4 <= common; i += 4)
     GOSSAMER_UNROLL
-    for (int j = 0; j < 4; ++j) add(j % U, i + j);
-  }
-  for (; i < count; ++i) add(0, i);
-  for (int m = 0; m < M; ++m) {
-    for (int u = 1; u < U; ++u) sum[0][m] += sum[u][m];
-    __builtin_memcpy(out + m * kOutputs, &sum[0][m], 16);
+    for (int r = 0; r < R; ++r) {
+      prefetch(reinterpret_cast<const char*>(values[r] + 4 * i) + kAheadBytes);
+      GOSSAMER_UNROLL
+      for (int j = 0; j < 4; ++j) add(r, j % U, i + j);
+    }
+  GOSSAMER_UNROLL
+  for (int r = 0; r < R; ++r) {
+    for (int64_t rest = i; rest < counts[r]; ++rest) add(r, 0, rest);
+    for (int m = 0; m < M; ++m) {
+      for (int u = 1; u < U; ++u) sum[r][0][m] += sum[r][u][m];
+      __builtin_memcpy(out + m * kOutputs + 4 * r * apart, &sum[r][0][m], 16);
+    }
   }
 }
 
@@ -99,8 +118,9 @@ GOSSAMER_INLINE const T* next_values(const SparseLinearArgs& a, int64_t row) {
   return static_cast<const T*>(a.values) + row_begin(a, row);
 }
 
-// out[m * kOutputs + r * apart] of R rows of a stream; x [M][line].
-template <int M, int R>
+// out[m * kOutputs + r * apart] of R rows of a stream; x [M][line]. Thin: a group nearly always fits one vector; otherwise
+// the second is taken without asking, since a branch that goes both ways costs more.
+template <int M, int R, bool kThin>
 __attribute__((noinline)) void stream_rows(const SparseLinearArgs& a, int64_t row, int64_t apart, const float* x, int64_t line,
                                            float* out) {
   const int64_t groups = ceil_div(a.inputs, 32);
@@ -122,7 +142,7 @@ __attribute__((noinline)) void stream_rows(const SparseLinearArgs& a, int64_t ro
     for (int r = 0; r < R; ++r) {
       const uint32_t count = counts[r][g];
       const auto add = [&](int64_t i, uint32_t n) GOSSAMER_LAMBDA {
-        const __mmask16 used = __mmask16(n < 16 ? (1u << n) - 1 : 0xffffu);
+        const __mmask16 used = __mmask16(_bzhi_u32(0xffff, n));
         const __m512i place = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(offsets[r] + i)));
         const __m512 weight = _mm512_loadu_ps(values[r] + i);
         GOSSAMER_UNROLL
@@ -131,7 +151,7 @@ __attribute__((noinline)) void stream_rows(const SparseLinearArgs& a, int64_t ro
               _mm512_mask3_fmadd_ps(weight, _mm512_permutex2var_ps(low[m], place, high[m]), sum[m * R + r], used);
       };
       add(0, count);
-      if (__builtin_expect(count > 16, 0)) add(16, count - 16);
+      if (!kThin || __builtin_expect(count > 16, 0)) add(16, count > 16 ? count - 16 : 0);
       prefetch(reinterpret_cast<const char*>(values[r]) + kAheadBytes);
       if (g % 8 == 0) prefetch(offsets[r] + kAheadBytes);
       values[r] += count, offsets[r] += count;
@@ -141,7 +161,7 @@ __attribute__((noinline)) void stream_rows(const SparseLinearArgs& a, int64_t ro
     for (int r = 0; r < R; ++r) out[m * kOutputs + r * apart] = _mm512_reduce_add_ps(sum[m * R + r]);
 }
 
-template <int M, int R>
+template <int M, int R, bool kThin>
 __attribute__((noinline)) void stream_rows(const SparseLinearArgs& a, int64_t row, int64_t apart, const bf16* x, int64_t line,
                                            float* out) {
   const int64_t groups = ceil_div(a.inputs, 64);
@@ -163,7 +183,7 @@ __attribute__((noinline)) void stream_rows(const SparseLinearArgs& a, int64_t ro
     for (int r = 0; r < R; ++r) {
       const uint32_t count = counts[r][g];
       const auto add = [&](int64_t i, uint32_t n) GOSSAMER_LAMBDA {
-        const __mmask32 used = __mmask32(n < 32 ? (1u << n) - 1 : 0xffffffffu);
+        const __mmask32 used = __mmask32(_bzhi_u32(0xffffffff, n));
         const __m512i place = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(offsets[r] + i)));
         const __m512i weight = _mm512_maskz_loadu_epi16(used, values[r] + i);
         GOSSAMER_UNROLL
@@ -173,7 +193,7 @@ __attribute__((noinline)) void stream_rows(const SparseLinearArgs& a, int64_t ro
         }
       };
       add(0, count);
-      if (__builtin_expect(count > 32, 0)) add(32, count - 32);
+      if (!kThin || __builtin_expect(count > 32, 0)) add(32, count > 32 ? count - 32 : 0);
       prefetch(reinterpret_cast<const char*>(values[r]) + kAheadBytes);
       if (g % 4 == 0) prefetch(offsets[r] + kAheadBytes);
       values[r] += count, offsets[r] += count;
@@ -304,11 +324,11 @@ void run_strips(const SparseLinearArgs& a, const Finish<Out>& finish, const Make
 }
 
 // Cuts rows into streams of equal length, and what is left over into single rows.
-template <class Rows>
+template <int kCount = kStreams, class Rows>
 GOSSAMER_INLINE void in_streams(int64_t count, const Rows& rows) {
-  const int64_t apart = count / kStreams;
-  for (int64_t i = 0; i < apart; ++i) rows.template operator()<kStreams>(i, apart);
-  for (int64_t i = apart * kStreams; i < count; ++i) rows.template operator()<1>(i, 0);
+  const int64_t apart = count / kCount;
+  for (int64_t i = 0; i < apart; ++i) rows.template operator()<kCount>(i, apart);
+  for (int64_t i = apart * kCount; i < count; ++i) rows.template operator()<1>(i, 0);
 }
 
 template <class T>
@@ -368,10 +388,9 @@ class Few {
 
   void blocks(int64_t first, int64_t count, float* out) {
     for_tokens(a.tokens, [&]<int M>() GOSSAMER_LAMBDA {
-      for (int64_t o = 0; o < count; o += 4) {
-        const int64_t row = (first + o) / 4, begin = a.pointers[row];
-        add_blocks<M>(a.columns + begin, static_cast<const T*>(a.values) + 4 * begin, a.pointers[row + 1] - begin, x, out + o);
-      }
+      in_streams<kBlockStreams<M>>(ceil_div(count, 4), [&]<int R>(int64_t i, int64_t apart) GOSSAMER_LAMBDA {
+        add_blocks<M, R, T>(a, first / 4 + i, apart, x, out + 4 * i);
+      });
     });
   }
 
@@ -399,7 +418,9 @@ class Few {
     for (int64_t t = 0; t < a.tokens; t += 4)
       for_tokens<4>(imin(4, a.tokens - t), [&]<int M>() GOSSAMER_LAMBDA {
         in_streams(count, [&]<int R>(int64_t i, int64_t apart) GOSSAMER_LAMBDA {
-          stream_rows<M, R>(a, first + i, apart, in + t * line, line, out + t * kOutputs + i);
+          float* to = out + t * kOutputs + i;
+          if (thin) stream_rows<M, R, true>(a, first + i, apart, in + t * line, line, to);
+          else stream_rows<M, R, false>(a, first + i, apart, in + t * line, line, to);
         });
       });
 #else

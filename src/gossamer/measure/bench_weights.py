@@ -50,8 +50,6 @@ def blocked(weight: Tensor, share: float, format: str) -> Tensor:
 
 
 def _sparse(name: str, x: Tensor, weight: ops.SparseWeight) -> Way:
-    for tensor in weight.tensors().values():
-        ops.advise_huge_pages(tensor)
     return name, lambda: ops.sparse_linear(x, weight), weight.nbytes
 
 

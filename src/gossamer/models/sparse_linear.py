@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.errors import InputError, ModelError
-from gossamer.ops.sparse_formats import SparseWeight, pack
+from gossamer.ops.sparse_formats import SparseWeight, pack, settled
 from gossamer.ops.sparse_linear import sparse_linear
 
 SPEC = "sparse_spec"
@@ -146,7 +146,7 @@ class SparseLinear(nn.Module):
             )
         own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
         device = self._packed.values.device
-        tensors = {k: v.detach().to(device).contiguous() for k, v in own.items() if k not in (SPEC, "bias")}
+        tensors = {k: settled(v.detach().to(device).contiguous()) for k, v in own.items() if k not in (SPEC, "bias")}
         self._hold(SparseWeight.from_tensors(format, shape, tensors))
         if (self.bias is None) == ("bias" in own):
             raise InputError(f"SparseLinear: {prefix[:-1] or 'the file'} and this layer differ in having a bias")

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from gossamer.errors import InputError
+from gossamer.ops.memory import advise_huge_pages
 
 FORMATS = ("4x1", "1x4", "csr", "bitmask", "stream")
 """Formats by name; ``"N:M"`` besides."""
@@ -42,6 +43,7 @@ SLACK = 64
 """Zeros behind the values of a bitmask or stream: whole vectors are loaded before it is known how many elements count."""
 _CODES = {"4x1": 0, "1x4": 1, "csr": 2, "bitmask": 3, "stream": 4}
 _TENSORS = ("values", "columns", "pointers", "masks", "offsets", "counts", "scale", "sums", "act_scale", "act_zero")
+_LONG = 4 << 20  # bytes from which huge pages are asked for
 _CHUNK = 1 << 22  # weights that become masks at a time: they need eight bytes each on the way
 
 
@@ -273,7 +275,16 @@ def pack(
             extra["act_zero"] = torch.tensor(float(act_zero), device=weight.device)
     shape = (weight.shape[0], weight.shape[1])
     _check_shape(format, shape)
-    return SparseWeight(format, shape, **_packed(weight, format), **extra)
+    return SparseWeight(format, shape, **{k: settled(t) for k, t in _packed(weight, format).items()}, **extra)
+
+
+def settled(tensor: Tensor) -> Tensor:
+    """The tensor, or if it is long a copy in huge pages: a weight that streams past meets a new page all the time."""
+    if not tensor.is_cpu or tensor.numel() * tensor.element_size() < _LONG:
+        return tensor
+    placed = torch.empty_like(tensor)
+    advise_huge_pages(placed)
+    return placed.copy_(tensor)
 
 
 def _packed(weight: Tensor, format: str) -> dict[str, Tensor]:
