@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import os
 import subprocess
@@ -33,7 +35,12 @@ CASES = {
 
 
 def changed(family: str):
-    """A small model of a family after its case."""
+    """A small model of a family after its case: a copy, so that copying is tried too."""
+    return copy.deepcopy(_changed(family))
+
+
+@functools.cache
+def _changed(family: str):
     if family in ("opt", "phi", "phi3"):
         import transformers
 
@@ -155,7 +162,7 @@ def test_left_padding_changes_nothing():
     assert torch.equal(out[:, 7:], model.generate(TOKENS[:1, :20], max_new_tokens=5, do_sample=False))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "mistral", "phi"])
+@pytest.mark.parametrize("family", ["llama", "gemma", "phi"])
 @pytest.mark.parametrize("slug", ["streaming-llm", "double-sparsity"])
 def test_attention_methods_run_on_it_and_leave_it_as_it_was(family, slug):
     model = changed(family)
@@ -172,7 +179,7 @@ def test_attention_methods_run_on_it_and_leave_it_as_it_was(family, slug):
     assert torch.equal(logits(model), before)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "mistral", "opt", "phi"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "opt", "phi"])
 def test_mlp_methods_run_on_it_and_leave_it_as_it_was(family):
     model = changed(family)
     before = logits(model)
@@ -199,7 +206,7 @@ def test_neurons_are_cut_before_or_after_slicing():
 
 def test_training_reaches_every_part():
     model = changed("llama").train()
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     model(TOKENS, labels=TOKENS).loss.backward()
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
 

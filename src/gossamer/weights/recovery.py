@@ -95,7 +95,9 @@ def recover(
         raise InputError(f"a recovery needs two sequences of two tokens at least, got {list(tokens.shape)}")
     ends: Any = model
     if settings.head and ends.lm_head.weight is ends.get_input_embeddings().weight:
-        raise InputError("an adapter on a head that shares the embeddings' weights would change both: leave recovery.head off")
+        raise InputError(
+            "an adapter on a head that shares the embeddings' weights would change both: leave recovery.head off"
+        )
     held = min(len(tokens) - 1, max(1, round(settings.held_out * len(tokens))))
     kept_out, training_text = tokens[:held], tokens[held:]
     names = {m.name.split(".")[-2] for m in matrices(model) if m.role != "linear"}
