@@ -349,6 +349,13 @@ def test_the_method_finds_the_turn_on_text_and_prunes_to_it():
         assert min(p["sparsity"] for p in curve if p["perplexity"] > limit) - max(good) <= 0.05 + 1e-9
 
 
+def test_it_can_be_set_to_a_share_of_parameters_and_asks_for_text():
+    model = tiny_model("llama")
+    cls = type(make("essential-sparsity"))
+    assert cls.needs == {"calibration"}  # so that `gossamer apply` hands text to the search
+    assert cls.with_kept(0.75, model).apply(model).facts["sparsity"] == pytest.approx(0.25, abs=1e-4)
+
+
 def test_a_sparsity_or_nm_needs_no_text_and_the_checkpoint_loads_without_this_library(tmp_path):
     applied = make("essential-sparsity", structure="2:4").apply(tiny_model("llama"))
     assert applied.facts["sparsity"] == 0.5

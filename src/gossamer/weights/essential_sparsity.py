@@ -389,7 +389,7 @@ class ZeroWeightMonitor:
         return {"start": self.history[i]["step"], "end": self.history[i + window]["step"], "part": jumps[i] / rise}
 
 
-@register("essential-sparsity", slot="weights", family="weights", needs=[])
+@register("essential-sparsity", slot="weights", family="weights", needs=["calibration"])
 class EssentialSparsity(WeightMethod):
     """Remove the smallest weights of a checkpoint in one shot: as many as cost nothing, or as many as asked.
 

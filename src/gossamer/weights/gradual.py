@@ -8,8 +8,9 @@
                 (Zhu and Gupta 2017); N:M goes group by group from M:M down to N:M
     iterative   prune → (rewind) → retrain, once for each share
 
-Masks are nested: what is gone stays gone. `taylor` and `momentum` (SNIP with momentum) and `movement` learn from the gradients
-of every backward pass, `wanda` from the inputs of every forward pass, since the last pruning; `movement` from all of them.
+Masks are nested: what is gone stays gone. `taylor`, `movement` and `momentum` (SNIP with momentum) learn from the gradients of
+every backward pass, `wanda` from the inputs of every forward pass. `taylor` and `wanda` start anew after each pruning; the other
+two go on.
 """
 
 from __future__ import annotations
@@ -168,7 +169,7 @@ class ScoreKeeper:
         return dict(self._sums)
 
     def forget(self) -> None:
-        """Start anew after a pruning; movement's score goes on, as it is a sum over all of training."""
+        """Start anew after a pruning; movement and momentum go on, as their scores are sums over all of training."""
         if self.rule.criterion not in ("movement", "momentum"):
             self._sums.clear()
 
