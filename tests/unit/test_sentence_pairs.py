@@ -8,7 +8,15 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
 
-from gossamer.data import Pairs, encode_pairs, make_pairs, sentences, word_tokenizer
+from gossamer.data import (
+    Pairs,
+    encode_pairs,
+    library_stretches,
+    make_pairs,
+    make_topics,
+    sentences,
+    word_tokenizer,
+)
 from gossamer.errors import InputError, ModelError
 from gossamer.models import Plan, tiny_model, train
 from gossamer.models.encoders import (
@@ -67,6 +75,28 @@ def test_orders_differ_by_one_exchange_of_neighbours(prose):
             swaps = ([*words[:i], words[i + 1], words[i], *words[i + 2 :]] for i in range(len(words) - 1))
             assert any(" ".join(swap) in whole for swap in swaps)
             assert sentence not in whole
+
+
+def test_stretches_of_packages_are_labelled_and_parts_do_not_meet():
+    stretches = library_stretches(24)
+    assert all(len(s.split()) == 24 for s in stretches["email"])
+    names = ("email", "json", "logging")
+    train_part, test_part = make_topics(stretches, names, each=100)
+    for part in (train_part, test_part):
+        counts = [part.labels.count(label) for label in range(3)]
+        assert len(set(counts)) == 1
+        assert all(s in stretches[names[label]] for s, label in zip(part.first, part.labels, strict=True))
+    assert len(train_part) == 4 * len(test_part) == 240
+    for label, name in enumerate(names):
+        cut = round(0.8 * len(stretches[name]))
+        ours = [s for s, one in zip(test_part.first, test_part.labels, strict=True) if one == label]
+        assert set(ours) <= set(stretches[name][cut:])
+    assert make_topics(stretches, names, 100, 1) == make_topics(stretches, names, 100, 1)
+    for bad in (("email",), ("email", "no package")):
+        with pytest.raises(InputError, match="two packages"):
+            make_topics(stretches, bad)
+    with pytest.raises(InputError, match="one word"):
+        library_stretches(0)
 
 
 def test_the_seed_decides(prose):

@@ -1,11 +1,13 @@
-"""Small real classification tasks made from text: do two sentences follow each other, are a sentence's words in order.
+"""Small real classification tasks made from text: do two sentences follow each other, are a sentence's words in order,
+which package of the standard library does a stretch of source come from.
 
     prose = sentences("prose")
     train, test = make_pairs(prose, "successor", seed=0)
     tokenizer = word_tokenizer([*prose, *sentences("docstrings")])
     inputs, labels = encode_pairs(tokenizer, train, length=48)
 
-No sentence is in both parts: the last fifth of the text is for testing.
+No sentence is in both parts: the last fifth of the text is for testing. The first two tasks are hard for an encoder that was
+pre-trained for a minute; the packages it can tell.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import random
 import re
 import sysconfig
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -41,12 +43,12 @@ _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 @dataclass(frozen=True)
 class Pairs:
-    """Examples of a task with two classes.
+    """Examples of a task.
 
     Attributes:
         first: sentences.
         second: the other sentence of each; empty where the task has one.
-        labels: 1 if the sentence follows, or if the words are in order.
+        labels: 1 if the sentence follows, or if the words are in order; or the number of the package.
     """
 
     first: tuple[str, ...]
@@ -135,6 +137,56 @@ def _pairs(rows: list[tuple[str, str, int]], rng: random.Random) -> Pairs:
     rng.shuffle(rows)
     first, second, labels = zip(*rows, strict=True)
     return Pairs(first, second, labels)
+
+
+@functools.cache
+def library_stretches(words: int = 24) -> dict[str, tuple[str, ...]]:
+    """The standard library's source in stretches of `words` words, by package (or module), in the order of its files.
+
+    Raises InputError for a length below one.
+
+    >>> len(library_stretches()["json"][0].split())
+    24
+    """
+    if words < 1:
+        raise InputError(f"a stretch has at least one word, got {words}")
+    folder, found = Path(sysconfig.get_paths()["stdlib"]), dict[str, list[str]]()
+    for file in sorted(folder.rglob("*.py")):
+        parts = file.relative_to(folder).parts
+        if {"site-packages", "dist-packages", "test", "tests", "idle_test"} & set(parts):
+            continue
+        content = file.read_text(encoding="utf-8", errors="ignore").split()
+        found.setdefault(parts[0].removesuffix(".py"), []).extend(
+            " ".join(content[at : at + words]) for at in range(0, len(content) - words + 1, words)
+        )
+    return {name: tuple(stretches) for name, stretches in found.items()}
+
+
+def make_topics(
+    stretches: Mapping[str, Sequence[str]], names: Sequence[str], each: int = 1000, seed: int = 0
+) -> tuple[Pairs, Pairs]:
+    """(training part, test part) of the task "which of these is a stretch from", as many of each, at most `each` in all.
+
+    The last fifth of a package is for testing. Raises InputError for fewer than two names, unknown ones, or packages of
+    fewer than 20 stretches.
+
+    >>> train, test = make_topics({"a": ["x"] * 20, "b": ["y"] * 30}, ["a", "b"])
+    >>> len(train), len(test), sum(train.labels)
+    (32, 8, 16)
+    """
+    sizes = [len(stretches.get(name, ())) for name in names]
+    if len(names) < 2 or min(sizes) < 20:
+        raise InputError(f"a task of topics needs two packages or more of 20 stretches at least, got {list(names)}")
+    rng, size = random.Random(seed), min(each, *sizes)
+    parts: tuple[list[tuple[str, str, int]], list[tuple[str, str, int]]] = ([], [])
+    for label, name in enumerate(names):
+        cut = round((1 - _TEST) * len(stretches[name]))
+        for part, share, pool in (
+            (parts[0], 1 - _TEST, stretches[name][:cut]),
+            (parts[1], _TEST, stretches[name][cut:]),
+        ):
+            part += [(stretch, "", label) for stretch in rng.sample(list(pool), min(len(pool), round(share * size)))]
+    return _pairs(parts[0], rng), _pairs(parts[1], rng)
 
 
 def word_tokenizer(sentences: Iterable[str], size: int = 3000) -> PreTrainedTokenizerBase:

@@ -9,6 +9,7 @@ evaluate(model, inputs, labels)
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,7 +84,7 @@ def classifier(source: PreTrainedModel | str | os.PathLike[str], classes: int = 
             raise ModelError(f"cannot load an encoder from {source}: {' '.join(str(error).split())[:300]}") from error
     else:
         base = source.base_model
-    config = type(base.config).from_dict({**base.config.to_dict(), "num_labels": classes, "architectures": None})
+    config = copy.deepcopy(base.config)
     config.num_labels = classes
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

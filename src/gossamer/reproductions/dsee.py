@@ -1,4 +1,4 @@
-"""DSEE on a sentence task: is a mask by the size of the update better than a random one, and close to no mask at all?
+"""DSEE on a small text classification: is a mask by the size of the update better than a random one, and close to no mask at all?
 
 A small BERT is pre-trained here (MiniLM's package is no dependency). For each of three seeds: stage 1 of tuning (r = 8,
 N = 32), then from that same state stage 2 under each mask: by |ΔW| (ABS), by |W|, random, each at 20 % and 40 % of both
@@ -13,7 +13,7 @@ from typing import Any
 from gossamer.models import Plan, train
 from gossamer.models.encoders import class_batches, classifier, evaluate, sequence_loss
 from gossamer.reproductions.base import Outcome, Progress, Reproduction
-from gossamer.reproductions.sentence_task import BATCH, SETTING, SentenceTask, sentence_task
+from gossamer.reproductions.package_task import BATCH, PACKAGES, SETTING, PackageTask, package_task
 from gossamer.weights.dsee import DSEE
 from gossamer.weights.dsee_tuning import Mode, Tuned
 
@@ -24,7 +24,7 @@ MODES: tuple[Mode, ...] = ("ABS", "W", "random")
 
 
 def tune(
-    model: Any, tuned: Tuned, task: SentenceTask, steps: int, seed: int, progress: Progress
+    model: Any, tuned: Tuned, task: PackageTask, steps: int, seed: int, progress: Progress
 ) -> list[dict[str, float]]:
     """One stage; its curve."""
     plan = Plan(steps, lr=LR, warmup=0, floor=0.0, betas=(0.9, 0.999), decay="linear")
@@ -33,7 +33,7 @@ def tune(
 
 
 def _experiment(progress: Progress, stages: tuple[int, int] = STAGES, pretraining: int | None = None) -> Outcome:
-    task = sentence_task(SEEDS[0], progress, *([pretraining] if pretraining else []))
+    task = package_task(SEEDS[0], progress, *([pretraining] if pretraining else []))
     runs: list[dict[str, Any]] = []
 
     def note(arm: str, seed: int, model: Any, tuned: Tuned, curves: list[list[dict[str, float]]]) -> None:
@@ -43,7 +43,7 @@ def _experiment(progress: Progress, stages: tuple[int, int] = STAGES, pretrainin
 
     for seed in SEEDS:
         method = METHOD.model_copy(update={"seed": seed})
-        model: Any = classifier(task.encoder, seed=seed)
+        model: Any = classifier(task.encoder, len(PACKAGES), seed=seed)
         tuned = method.adapt(model)
         first = tune(model, tuned, task, stages[0], seed, progress)
         arms: list[tuple[str, Mode, float]] = [
@@ -57,7 +57,7 @@ def _experiment(progress: Progress, stages: tuple[int, int] = STAGES, pretrainin
         note(
             f"heads {its_heads}", seed, model, tuned, [first, tune(model, tuned, task, stages[1], seed + 100, progress)]
         )
-        plain: Any = classifier(task.encoder, seed=seed)
+        plain: Any = classifier(task.encoder, len(PACKAGES), seed=seed)
         lora = method.model_copy(update={"entries": 0}).adapt(plain)
         curves = [
             tune(plain, lora, task, stages[0], seed, progress),
@@ -78,7 +78,7 @@ def _experiment(progress: Progress, stages: tuple[int, int] = STAGES, pretrainin
     return Outcome(
         verdict="reproduced" if not failed else "direction only" if direction else "not reproduced",
         measured=(
-            f"accuracy (cross-entropy) on {len(task.test[1])} pairs, mean of {len(SEEDS)} seeds: {shown}; the mask by |ΔW| "
+            f"accuracy (cross-entropy) on {len(task.test[1])} stretches, mean of {len(SEEDS)} seeds: {shown}; the mask by |ΔW| "
             f"{'beats' if beats else 'does not beat'} the one by |W| at 40 %"
         ),
         raw={

@@ -1,13 +1,13 @@
-"""PST on a sentence task: does it lose no more than gradual magnitude pruning, with a fraction of the trained parameters?
+"""PST on a small text classification: does it lose no more than gradual magnitude pruning, with far fewer trained parameters?
 
-A small BERT is pre-trained here (MiniLM's package is no dependency), then fine-tuned on "does the second sentence follow":
+A small BERT is pre-trained here (MiniLM's package is no dependency), then fine-tuned on "which package is this source from":
 dense, by gradual magnitude pruning (MaP, all weights), by movement pruning (MvP, all weights and a score each) and by PST
 (r = 8), at 50 % and 80 % of every matrix of the blocks, equal steps, batches and schedule. One-shot magnitude pruning of
 the dense result, without retraining, is the floor. α₁ = α₂ = 0 leaves PST with magnitude alone.
 
 Rates were set by a rule and not tuned: dense, MaP and MvP take 5e-4, and PST that over √r, since its first factors are drawn
 from N(0, 1) and a step of its second ones moves the weight by √r of their own. What decides is the test's cross-entropy,
-whose noise is smaller than the accuracy's; training sees each pair about once.
+whose noise is smaller than the accuracy's; training sees each stretch about four times.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gossamer.hf import matrices
 from gossamer.models import Plan, train
 from gossamer.models.encoders import class_batches, classifier, evaluate, sequence_loss
 from gossamer.reproductions.base import Outcome, Progress, Reproduction
-from gossamer.reproductions.sentence_task import BATCH, SETTING, SentenceTask, sentence_task
+from gossamer.reproductions.package_task import BATCH, PACKAGES, SETTING, PackageTask, package_task
 from gossamer.weights.learned_masks import Importance, LearnedMasks, MagnitudeMask, MovementMask
 from gossamer.weights.prune import Magnitude
 from gossamer.weights.pst import PST
@@ -45,12 +45,12 @@ def masks_of(kind: str, model: PreTrainedModel, method: PST) -> LearnedMasks | N
 
 
 def run(
-    kind: str, sparsity: float, task: SentenceTask, steps: int, progress: Progress
+    kind: str, sparsity: float, task: PackageTask, steps: int, progress: Progress
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Fine-tune and prune by one arm: the exported model and its numbers."""
     alpha = 0.0 if kind == "PST, magnitude alone" else 1.0
     method = PST(sparsity=sparsity, weight_rank=RANK, mask_rank=RANK, alpha1=alpha, alpha2=alpha, seed=SEED)
-    model = classifier(task.encoder, seed=SEED)
+    model = classifier(task.encoder, len(PACKAGES), seed=SEED)
     masks = masks_of(kind, model, method)
     schedule = method.scheduler(masks, steps) if masks is not None else None
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -69,7 +69,7 @@ def run(
 
 
 def _experiment(progress: Progress, steps: int = STEPS, pretraining: int | None = None) -> Outcome:
-    task = sentence_task(SEED, progress, *([pretraining] if pretraining else []))
+    task = package_task(SEED, progress, *([pretraining] if pretraining else []))
     dense, numbers = run("dense", 0.0, task, steps, progress)
     arms: dict[str, dict[str, Any]] = {"dense": numbers}
     for sparsity in SPARSITIES:
@@ -80,7 +80,7 @@ def _experiment(progress: Progress, steps: int = STEPS, pretraining: int | None 
         arms[f"one-shot {sparsity:.0%}"] = {"accuracy": accuracy, "loss": loss, "sparsity": cut.facts["sparsity"]}
     for kind in ("MvP", "PST, magnitude alone"):
         arms[f"{kind} 80%"] = run(kind, 0.8, task, steps, progress)[1]
-    model = classifier(task.encoder, seed=SEED)
+    model = classifier(task.encoder, len(PACKAGES), seed=SEED)
     weights = sum(m.parameter.numel() for m in matrices(model))
     factors = sum(p.numel() for p in PST(weight_rank=RANK, mask_rank=RANK).convert(model).factors())
     losses = {name: arm["loss"] for name, arm in arms.items()}
@@ -100,7 +100,7 @@ def _experiment(progress: Progress, steps: int = STEPS, pretraining: int | None 
     return Outcome(
         verdict="reproduced" if not failed else "direction only" if direction else "not reproduced",
         measured=(
-            f"cross-entropy (accuracy) on {len(task.test[1])} pairs: {shown}; PST closes {closed:.0%} of the gap between "
+            f"cross-entropy (accuracy) on {len(task.test[1])} stretches: {shown}; PST closes {closed:.0%} of the gap between "
             f"one-shot and dense at 80 %; it trains {factors / weights:.1%} of the matrices' size"
         ),
         raw={
