@@ -33,6 +33,7 @@ THRESHOLDS = {"count": 0.02, "merged": 1e-4, "gap": 0.7}
 METHOD = PAT(keep=KEEP, hsm_rank=0.2, steps=STEPS, lr=5e-3, warmup=40)
 LORA_RANK, NARROW = 26, "PAT, rank 5 %"
 ARMS = ("PAT", "fixed mask", "rotation", "magnitude", "no cut")
+CHANGES: dict[str, dict[str, Any]] = {"PAT": {}, "fixed mask": {"gate": "fixed"}, NARROW: {"hsm_rank": 0.05}}
 BASE_PLAN = Plan(BASE_STEPS, lr=2e-3)
 
 
@@ -111,9 +112,8 @@ def one(
         progress(f"seed {seed}: {arm}", done, len(arms))
         batches = byte_batches(prose, BATCH, CONTEXT, STEPS, seed)
         model = copy.deepcopy(dense)
-        if arm in ("PAT", "fixed mask", NARROW):
-            changes: dict[str, Any] = {"fixed mask": {"gate": "fixed"}, NARROW: {"hsm_rank": 0.05}}.get(arm, {})
-            how = method.model_copy(update={"seed": seed, **changes})
+        if arm in CHANGES:
+            how = method.model_copy(update={"seed": seed, **CHANGES[arm]})
             tuning, facts = how.tune(model, batches)
             facts["masked_bits"] = measure(model)
             facts["trained"] = sum(p.numel() for p in tuning.parameters() if p.requires_grad)
