@@ -3,9 +3,12 @@
 A Llama-like byte model of width 128 learns Python sources, then is tuned on English prose for the same steps in five ways:
 (a) PAT, (b) a rotation of the residual stream to its principal axes and a cut of the least (SliceGPT with one rotation for all
 blocks, so that a plain model comes out), then LoRA, (c) a cut of the channels with the smallest rows in what writes them, then
-LoRA, (d) LoRA without a cut, and PAT with the fixed mask. LoRA alone has rank 22 where PAT has 20, which makes up for the mixing
-modules' parameters. All are measured as the plain dense models that come out. The rate of learning was chosen on another
-seed (100), with a model of two layers.
+LoRA, (d) LoRA without a cut, and PAT with the fixed mask. LoRA alone has rank 26 where PAT has 20, which makes up for the
+mixing modules' parameters. All are measured as the plain dense models that come out.
+
+Rate of learning and rank of the mixing modules were chosen on another seed (100), with a model of two layers. The paper's rank,
+5 % of the width, is 200 for 1024 doomed channels there and 6 for 32 here; at that seed it left 0.73 of the gap, and 20 % (26)
+left 0.33. The first seed also runs with 5 %, which decides nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +30,10 @@ from gossamer.weights.pat import PAT, TARGETS
 
 SEEDS, BASE_STEPS, STEPS, BATCH, CONTEXT, WIDTH, KEEP = (0, 1), 500, 400, 8, 64, 128, 0.75
 THRESHOLDS = {"count": 0.02, "merged": 1e-4, "gap": 0.7}
-METHOD = PAT(keep=KEEP, steps=STEPS, lr=5e-3, warmup=40)
+METHOD = PAT(keep=KEEP, hsm_rank=0.2, steps=STEPS, lr=5e-3, warmup=40)
+LORA_RANK, NARROW = 26, "PAT, rank 5 %"
+ARMS = ("PAT", "fixed mask", "rotation", "magnitude", "no cut")
+CHANGES: dict[str, dict[str, Any]] = {"PAT": {}, "fixed mask": {"gate": "fixed"}, NARROW: {"hsm_rank": 0.05}}
 BASE_PLAN = Plan(BASE_STEPS, lr=2e-3)
 
 
@@ -91,7 +97,7 @@ def tuned_by_lora(model: Any, batches: Any, seed: int, rank: int) -> list[dict[s
 
 def one(
     seed: int,
-    arms: tuple[str, ...] = ("PAT", "fixed mask", "rotation", "magnitude", "no cut"),
+    arms: tuple[str, ...] = ARMS,
     method: PAT = METHOD,
     progress: Progress = lambda what, done, total: None,
 ) -> dict[str, dict[str, Any]]:
@@ -106,8 +112,8 @@ def one(
         progress(f"seed {seed}: {arm}", done, len(arms))
         batches = byte_batches(prose, BATCH, CONTEXT, STEPS, seed)
         model = copy.deepcopy(dense)
-        if arm in ("PAT", "fixed mask"):
-            how = method.model_copy(update={"seed": seed, "gate": "unified" if arm == "PAT" else "fixed"})
+        if arm in CHANGES:
+            how = method.model_copy(update={"seed": seed, **CHANGES[arm]})
             tuning, facts = how.tune(model, batches)
             facts["masked_bits"] = measure(model)
             facts["trained"] = sum(p.numel() for p in tuning.parameters() if p.requires_grad)
@@ -117,15 +123,15 @@ def one(
                 model = by_magnitude(model, count)
             elif arm == "rotation":
                 model = by_rotation(model, count, next(byte_batches(prose, 64, CONTEXT, 1, seed))[:, :-1])
-            facts = {"cut_bits": measure(model), "curve": tuned_by_lora(model, batches, seed, 22)}
+            facts = {"cut_bits": measure(model), "curve": tuned_by_lora(model, batches, seed, LORA_RANK)}
         found[arm] = {**facts, "bits": measure(model), "hidden": model.config.hidden_size}
         found[arm]["parameters"] = parameter_count(model)
     return found
 
 
 def _experiment(progress: Progress) -> Outcome:
-    runs = [one(seed, progress=progress) for seed in SEEDS]
-    bits = {arm: sum(r[arm]["bits"] for r in runs) / len(runs) for arm in runs[0]}
+    runs = [one(seed, (*ARMS, NARROW) if seed == SEEDS[0] else ARMS, progress=progress) for seed in SEEDS]
+    bits = {arm: sum(r[arm]["bits"] for r in runs) / len(runs) for arm in ("before", *ARMS)}
     a, b, c, d, fixed = (bits[arm] for arm in ("PAT", "rotation", "magnitude", "no cut", "fixed mask"))
     target = round(KEEP * WIDTH)
     kept = [r["PAT"]["hidden"] for r in runs]
@@ -141,7 +147,8 @@ def _experiment(progress: Progress) -> Outcome:
     return Outcome(
         verdict="reproduced" if not failed else "direction only" if a < c and checks["merged"] else "not reproduced",
         measured=(
-            f"bits per byte of held-out prose: PAT {a:.3f} ({', '.join(map(str, kept))} of {WIDTH} channels, target {target}), "
+            f"bits per byte of held-out prose: PAT {a:.3f} ({', '.join(map(str, kept))} of {WIDTH} channels, target {target}; "
+            f"first seed {runs[0]['PAT']['bits']:.3f}, with rank 5 % {runs[0][NARROW]['bits']:.3f}), "
             f"fixed mask {fixed:.3f}, rotation and LoRA {b:.3f}, magnitude and LoRA {c:.3f}, LoRA without a cut {d:.3f}; before "
             f"{bits['before']:.3f}; masked and merged apart by {apart:.1e}"
         ),
