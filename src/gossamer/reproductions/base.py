@@ -83,6 +83,7 @@ _MODULES = (
     "seerattention",
     "sparsing_law",
     "spectr",
+    "squarehead",
     "sirius",
     "slicegpt",
     "tidaldecode",

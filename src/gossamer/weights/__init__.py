@@ -18,6 +18,7 @@ from gossamer.weights import (
     sparse_linear,
     sparse_model_soups,
     spdf,
+    squarehead,
 )
 
 __all__ = [
@@ -35,4 +36,5 @@ __all__ = [
     "sparse_linear",
     "sparse_model_soups",
     "spdf",
+    "squarehead",
 ]
