@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
@@ -23,9 +24,18 @@ from gossamer.hf.matrices import Matrix, matrices
 from gossamer.models.sparse_linear import SPEC, SparseLinear, read_spec
 from gossamer.ops.sparse_formats import FORMATS, INT8_FORMATS, block_sparsity, parse_nm
 
-BREAK_EVEN: dict[str, float] = {"4x1": 0.4, "1x4": 0.65, "csr": 0.65, "bitmask": 0.6, "stream": 0.6, "n:m": 0.5}
-"""Zeros (of blocks, where the format has blocks) from which a layer is at least as fast as dense, on our kernels, for one row
-and for 128: measured by ``benchmarks/sparse_linear.py`` and rounded up. In 8 bits the same are used."""
+BREAK_EVEN: dict[int, dict[str, float]] = {
+    4: {"4x1": 0.4, "1x4": 0.6, "csr": 0.8, "bitmask": 0.75, "stream": 0.55, "n:m": 0.7},
+    2: {"4x1": 0.65, "1x4": 0.85, "csr": 0.9, "bitmask": 0.85, "stream": 0.8, "n:m": 0.85},
+}
+"""By bytes of a weight: the zeros (of blocks, where the format has blocks) from which a layer is at least as fast as dense, for
+one row and for 128 of them. Measured with ``benchmarks/sparse_linear.py`` on a Zen 4 processor, two threads, and rounded up;
+dense bfloat16 has instructions that sparse has not, so it takes more zeros to beat. In 8 bits the same are used."""
+
+
+def break_even(dtype: torch.dtype, thresholds: Mapping[str, float] | None = None) -> dict[str, float]:
+    """The row of `BREAK_EVEN` for a dtype, with what is set otherwise."""
+    return {**BREAK_EVEN[4 if dtype.itemsize >= 4 else 2], **(thresholds or {})}
 
 
 def best_format(weight: Tensor, thresholds: Mapping[str, float] | None = None, int8: bool = False) -> str | None:
@@ -39,7 +49,7 @@ def best_format(weight: Tensor, thresholds: Mapping[str, float] | None = None, i
     >>> best_format(weight), best_format(torch.ones(8, 8))
     ('4x1', None)
     """
-    least = {**BREAK_EVEN, **(thresholds or {})}
+    least = break_even(weight.dtype, thresholds)
     # Unstructured zeros in passing make a few whole blocks: those count where they are as many as all zeros, nearly.
     sparsity = block_sparsity(weight, "csr")
     for format in ("4x1", "1x4", "bitmask" if int8 else "stream"):
@@ -54,7 +64,7 @@ def best_format(weight: Tensor, thresholds: Mapping[str, float] | None = None, i
 def pays(weight: Tensor, format: str, thresholds: Mapping[str, float] | None = None) -> bool:
     """Whether a weight has zeros enough for a format."""
     key = "n:m" if parse_nm(format) else format
-    return block_sparsity(weight, format) >= {**BREAK_EVEN, **(thresholds or {})}[key]
+    return block_sparsity(weight, format) >= break_even(weight.dtype, thresholds)[key]
 
 
 class SparseLayers:
@@ -92,9 +102,9 @@ class SparseLayers:
             raise InputError(f"the format is auto, {', '.join(FORMATS)} or N:M, not {format!r}")
         if int8 and format not in ("auto", *INT8_FORMATS):
             raise InputError(f"8 bits go with {' and '.join(INT8_FORMATS)}, not with {format}")
-        unknown = set(thresholds or ()) - set(BREAK_EVEN)
+        unknown = set(thresholds or ()) - set(BREAK_EVEN[4])
         if unknown:
-            raise InputError(f"no threshold for {', '.join(sorted(unknown))}; there are {', '.join(BREAK_EVEN)}")
+            raise InputError(f"no threshold for {', '.join(sorted(unknown))}; there are {', '.join(BREAK_EVEN[4])}")
         self.layers: dict[str, SparseLinear] = {}
         self.skipped: list[str] = []
         self._undo: list[tuple[nn.Module, str, nn.Module]] = []
