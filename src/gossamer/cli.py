@@ -182,7 +182,7 @@ def compare(
         str | None,
         typer.Option(help=f"Tasks, with commas between; empty for none (default: passkey; in a study {STUDY_TASKS})."),
     ] = None,
-    examples: Annotated[int, typer.Option(min=0, help="Prompts per task.")] = 4,
+    examples: Annotated[int | None, typer.Option(min=0, help="Prompts per task (default: 4; in a study 2).")] = None,
     text: Annotated[str, typer.Option(help="Evaluation text: prose, code, or a path.")] = "prose",
     latency: Annotated[
         float, typer.Option(min=0.05, help="Weights: also rank at this share of the dense time of a step.")
@@ -241,7 +241,7 @@ def compare(
         decode_tokens=decode,
         segments=segments,
         tasks=tuple(comma_names(tasks if tasks is not None else "passkey" if family is None else STUDY_TASKS)),
-        examples=examples,
+        examples=examples if examples is not None else 4 if family is None else 2,
         seed=seed,
         source=text,
         budget=share if family is not None else None,
