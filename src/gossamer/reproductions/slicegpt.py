@@ -4,6 +4,12 @@ Setting of the system's card: 12 blocks of 512 tokens of prose to find direction
 the hidden width of 576 cut to 544, 512 and 456. Beside it, with the same code: random orthogonal directions, and columns
 deleted as they stand, the weakest first (both need little or no text, so they get two blocks). Random turns of the kept
 coordinates are left out: they change nothing but rounding.
+
+What came out: random directions ruin the model, as the paper says; deleted columns do so only beyond a tenth of them. Two
+reasons are in the numbers: the weakest columns of this model carry little (at 544 of 576, between 0.03 and 2.5 % of the energy,
+principal directions 0.002 to 0.05 %), and the same code chooses them anew at every place of the network, which is kinder than
+one choice for all. At 544 the loss is above the threshold, at 512 and 456 well below: on this text the curve is flatter than on
+the card's.
 """
 
 from __future__ import annotations

@@ -161,7 +161,7 @@ class CFSP(WeightMethod):
 
     Decisions: ties go to the earlier neuron, so that exactly k stay. Importances are means per token, so that widths don't
     depend on the amount of text. `norm_axis="column"` is what was released, and ranks by activations alone; "row" measured
-    better in our reproduction where that says so. IG-LoRA, of which no code was released, gives each block a rank in proportion to
+    better in our reproduction. IG-LoRA, of which no code was released, gives each block a rank in proportion to
     the s_l of the allocation, with one scale alpha / mean rank. In the released options "one_wa" is read as the first term alone.
     Not built: the cut of attention heads that the compared methods have, and the release's own training corpus.
 
