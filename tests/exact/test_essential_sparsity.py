@@ -23,15 +23,17 @@ from gossamer.registry import make
 from gossamer.weights.essential_sparsity import (
     Essential,
     Point,
-    ZeroWeightMonitor,
     essential_sparsity,
-    layer_profile,
-    lottery_ticket,
     magnitude_mask,
     magnitude_prune,
-    mask_similarity,
     refined,
     sparsity_curve,
+)
+from gossamer.weights.essential_sparsity_study import (
+    ZeroWeightMonitor,
+    layer_profile,
+    lottery_ticket,
+    mask_similarity,
     storage_bytes,
     zero_weights,
 )

@@ -18,8 +18,8 @@ from gossamer.models import Plan, class_loss, tiny_model, train
 from gossamer.patterns import Masks
 from gossamer.registry import make
 from gossamer.weights.gradual import GradualPruning, PruneRule, remaining_shares
-from gossamer.weights.sparse_model_soups import (
-    SparseModelSoups,
+from gossamer.weights.sparse_model_soups import SparseModelSoups
+from gossamer.weights.sparse_model_soups_merge import (
     average,
     average_and_reprune,
     classifier_report,

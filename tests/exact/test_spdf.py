@@ -19,7 +19,6 @@ from gossamer.patterns import Masks
 from gossamer.registry import make
 from gossamer.weights.spdf import (
     SPDF,
-    SparsePretrain,
     finetune,
     forward_flops,
     initialize,
@@ -28,6 +27,7 @@ from gossamer.weights.spdf import (
     train_flops,
     training_bytes,
 )
+from gossamer.weights.spdf_pretrain import SparsePretrain
 
 TOKENS = torch.randint(0, 256, (6, 17), generator=torch.Generator().manual_seed(0))
 PLAN = Plan(steps=6, lr=1e-3, warmup=2, weight_decay=0.1)

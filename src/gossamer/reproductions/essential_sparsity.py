@@ -23,14 +23,8 @@ from gossamer.models import Plan, bits_per_byte, byte_model, load, token_loss, t
 from gossamer.patterns import Masks
 from gossamer.registry import make
 from gossamer.reproductions.base import Outcome, Progress, Reproduction
-from gossamer.weights.essential_sparsity import (
-    essential_sparsity,
-    layer_profile,
-    lottery_ticket,
-    magnitude_mask,
-    mask_similarity,
-    sparsity_curve,
-)
+from gossamer.weights.essential_sparsity import essential_sparsity, magnitude_mask, sparsity_curve
+from gossamer.weights.essential_sparsity_study import layer_profile, lottery_ticket, mask_similarity
 
 SEED = 0
 GRID = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from gossamer.data.images import shapes
 from gossamer.models import class_loss, train
 from gossamer.reproductions.base import Outcome, Progress, Reproduction
-from gossamer.weights.sparse_model_soups import SparseModelSoups, classifier_report
+from gossamer.weights.sparse_model_soups import SparseModelSoups
+from gossamer.weights.sparse_model_soups_merge import classifier_report
 from gossamer.weights.sparse_model_soups_retrain import Retraining, retrainer, shuffled_batches
 
 SEEDS = (0, 1, 2)

@@ -16,7 +16,8 @@ from typing import Any
 from gossamer.data import byte_batches, byte_corpus
 from gossamer.models import Plan, bits_per_byte, byte_model
 from gossamer.reproductions.base import Outcome, Progress, Reproduction
-from gossamer.weights.spdf import SparsePretrain, finetune, initialize, model_flops, static_random_masks
+from gossamer.weights.spdf import finetune, initialize, model_flops, static_random_masks
+from gossamer.weights.spdf_pretrain import SparsePretrain
 
 SEED = 0
 WIDTHS, SPARSITIES = (48, 96), (0.0, 0.5, 0.75)
