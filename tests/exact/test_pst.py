@@ -174,7 +174,7 @@ def test_the_schedule_by_hand():
     final=st.floats(0.1, 0.99), start=st.floats(0, 0.09), warmup=st.floats(0, 0.5), cooldown=st.floats(0, 0.49),
     steps=st.integers(1, 300),
 )  # fmt: skip
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_the_schedule_never_falls_and_ends_at_the_final_value(final, start, warmup, cooldown, steps):
     values = [sparsity_at(t, steps, final, start, warmup, cooldown) for t in range(steps + 1)]
     assert values == sorted(values)

@@ -40,7 +40,8 @@ def sparsity_at(
         return initial
     if step > (1 - cooldown) * steps:
         return final
-    return ramp((step - warmup * steps) / ((1 - warmup - cooldown) * steps), initial, final, cubic)
+    way = (step - warmup * steps) / ((1 - warmup - cooldown) * steps)
+    return ramp(min(way, 1.0), initial, final, cubic)  # rounding may take the last step over the end
 
 
 def importance(
