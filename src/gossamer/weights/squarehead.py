@@ -230,8 +230,8 @@ def _read(model: Any, batch: Any) -> tuple[dict[str, Tensor], Tensor, Tensor | N
             inputs["labels"] = targets  # the model shifts them to its decoder's inputs
     elif targets.dim() == 2 and model.can_generate():
         targets = F.pad(targets[:, 1:], (0, 1), value=IGNORED)
-        if attended is not None:  # a padded token is no target, whatever its label says
-            targets = targets.masked_fill(~F.pad(attended[:, 1:], (0, 1)), IGNORED)
+        if attended is not None:  # neither a padded token as target nor one to predict from, whatever the labels say
+            targets = targets.masked_fill(~(attended & F.pad(attended[:, 1:], (0, 1))), IGNORED)
     return inputs, targets, attended
 
 
