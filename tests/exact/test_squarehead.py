@@ -122,7 +122,7 @@ def test_padding_does_not_change_the_loss(left):
 
     def value(ids: torch.Tensor, labels: torch.Tensor) -> float:
         batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "labels": labels}
-        return float(loss(student, batch))
+        return loss(student, batch).item()
 
     before, other = value(tokens, labels), torch.where(mask == 0, 255 - tokens, tokens)
     assert value(other, labels) == pytest.approx(before, rel=1e-6)

@@ -34,7 +34,7 @@ PRETRAIN = Plan(600, lr=2e-3, warmup=60)
 FINETUNE = Plan(600, lr=1e-3, warmup=20, floor=0.0, decay="linear")
 SPARSE = Plan(300, lr=1e-3, warmup=20, floor=0.0, betas=(0.9, 0.999), clip=0.0, decay="linear")
 SPARSITIES = (0.5, 0.7, 0.8)
-ARMS: dict[str, dict[str, float]] = {
+ARMS: dict[str, dict[str, Any]] = {
     "ce": {"squarehead": 0.0},
     "ce+kl": {"kl": 1.0, "squarehead": 0.0},
     "ce+squarehead": {},

@@ -275,9 +275,7 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
     before: list[tuple[nn.Module, str, float]] = []
     for module in model.modules():
         for name, value in vars(module).items():
-            if isinstance(value, float) and (
-                "drop" in name or (name == "p" and isinstance(module, nn.modules.dropout._DropoutNd))
-            ):
+            if isinstance(value, float) and ("drop" in name or (name == "p" and "Dropout" in type(module).__name__)):
                 before.append((module, name, value))
     try:
         for module, name, _ in before:
