@@ -23,13 +23,11 @@ from gossamer.registry import make
 from gossamer.weights.prune import Magnitude, SparseGPT
 from gossamer.weights.squarehead import (
     SquareHead,
-    SquareHeadLoss,
     fixed_masks,
-    logit_divergence,
     sparse_finetune,
-    square_head,
     without_dropout,
 )
+from gossamer.weights.squarehead_loss import SquareHeadLoss, logit_divergence, square_head
 from gossamer.weights.squarehead_runtime import (
     PackedModel,
     bytes_per_weight,
@@ -139,7 +137,7 @@ def test_the_whole_is_the_weighted_sum_of_its_parts():
     teacher, student = llama(1), llama(2)
     weights = {"ce": 0.5, "kl": 2.0, "squarehead": 3.0}
     loss = SquareHeadLoss(teacher, **weights, eps=1e-8, temperature=2.0)
-    value = float(loss(student, TEXT))
+    value = loss(student, TEXT).item()
     assert value == pytest.approx(sum(weights[k] * loss.parts[k] for k in weights), rel=1e-6)
     assert loss.parts["squarehead"] == pytest.approx(sum(loss.layers), rel=1e-6)
     with torch.no_grad():

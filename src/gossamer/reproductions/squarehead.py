@@ -25,7 +25,8 @@ from gossamer.ops.sparse_formats import pack
 from gossamer.patterns import choose
 from gossamer.reproductions.base import Outcome, Progress, Reproduction
 from gossamer.weights.prune import SparseGPT
-from gossamer.weights.squarehead import SquareHeadLoss, fixed_masks
+from gossamer.weights.squarehead import fixed_masks
+from gossamer.weights.squarehead_loss import SquareHeadLoss
 from gossamer.weights.squarehead_runtime import PackedModel, bytes_per_weight, quantize_weights
 
 SEEDS = (0, 1)
