@@ -171,7 +171,7 @@ def test_only_positions_with_a_target_count_for_answers_and_logits():
     labels[:, :11] = -100
     full = SquareHeadLoss(teacher, ce=1.0, squarehead=0.0, kl=1.0)
     mapped = full(student, {"input_ids": TEXT, "labels": labels})
-    assert float(mapped) == pytest.approx(float(full(student, (inputs, targets))), rel=1e-5)
+    assert mapped.item() == pytest.approx(full(student, (inputs, targets)).item(), rel=1e-5)
 
 
 def test_an_encoder_decoder_compares_all_of_the_encoder_and_labelled_positions_of_the_decoder():
@@ -367,6 +367,14 @@ def test_the_method_does_it_all_and_its_model_loads_without_this_library(structu
     assert float((found - wanted).norm() / wanted.norm()) < 0.05
 
 
+@pytest.mark.parametrize("sparsity", [0.0, 0.0625])
+def test_few_zeros_are_held_as_well(sparsity):
+    applied = make("squarehead", sparsity=sparsity, epochs=1, dense_epochs=0, batch=3, lr=1e-2).apply(llama(), TEXT)
+    assert applied.facts["sparsity"] == pytest.approx(sparsity)
+    assert applied.facts["prunable"] == sum(m.weight.numel() for m in matrices(applied.model))
+    assert sum(int((m.weight == 0).sum()) for m in matrices(applied.model)) == applied.masks.total - applied.masks.kept
+
+
 def test_recipes_are_the_cards():
     assert SquareHead.published("mpt-70") == SquareHead()
     assert SquareHead.published("whisper").ce == 0.5
@@ -493,6 +501,8 @@ def test_what_it_cannot_do_is_said_in_one_line():
         loss(llama(hidden_size=64), TEXT)
     with pytest.raises(ModelError, match="logits"):
         loss(llama(vocab_size=300), TEXT)
+    with pytest.raises(InputError, match="one model"):
+        loss(loss.teacher, TEXT)
     with pytest.raises(ModelError, match="transformers"):
         loss(torch.nn.Linear(2, 2), TEXT)
     for wrong_settings in (

@@ -118,7 +118,7 @@ def sparse_finetune(
     for number, level in enumerate(levels):
         model.eval()
         prune(model, level)
-        before, masks = masks, fixed_masks(model)
+        before, masks = masks, fixed_masks(model, min(0.1, level / 2))  # a low level is held as well
         returned = sum(int((masks[n] & ~before[n]).sum()) for n in masks if n in before)
         training = train(model, batches(number), plan, masks=masks, loss=loss, progress=progress)
         fact: dict[str, Any] = {"sparsity": masks.sparsity, "returned": returned}

@@ -155,6 +155,8 @@ class SquareHeadLoss:
         """
         if not all(hasattr(m, "can_generate") for m in (student, self.teacher)):
             raise ModelError("teacher and student must be transformers models; use square_head on others' features")
+        if student is self.teacher:
+            raise InputError("teacher and student are one model: train a copy of it")
         inputs, targets, attended = _read(student, batch)
         out = forward(student, inputs, hidden=self.squarehead > 0)
         nothing = out.logits.new_full((), math.nan)
