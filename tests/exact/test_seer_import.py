@@ -148,7 +148,7 @@ def test_the_command_imports(
     class Loaded:
         name, model = "tiny", MODEL
 
-    monkeypatch.setattr(cli, "_load", lambda *a: Loaded)
+    monkeypatch.setattr(cli, "load_model", lambda *a: Loaded)
     source, path = folder(tmp_path / "gates", released("prefill")), tmp_path / "mine.safetensors"
     command = ["calibrate", "seerattention", "tiny", "--import", str(source), "-o", str(path), "--set", "block_size=8"]
     monkeypatch.setattr("sys.argv", ["gossamer", *command])

@@ -598,7 +598,7 @@ def test_the_command_distils(
         def tokenizer(text: str, **_: Any) -> dict[str, list[int]]:
             return {"input_ids": [ord(c) % 255 + 1 for c in text[:9000]]}
 
-    monkeypatch.setattr(cli, "_load", lambda *a: Loaded)
+    monkeypatch.setattr(cli, "load_model", lambda *a: Loaded)
     path = tmp_path / "gates.safetensors"
     command = ["calibrate", "seerattention", "tiny", "-o", str(path), "--blocks", "2", "--length", "64"]
     monkeypatch.setattr("sys.argv", ["gossamer", *command, "--set", "block_size=8", "--set", "steps=2"])

@@ -64,7 +64,7 @@ def test_scoreboard_json(capsys, tmp_path):
     assert code == 0
     assert len(rows) == 65
     assert rows["double-sparsity"]["verdict"] == "reproduced"
-    assert rows["slicegpt"]["verdict"] == "-"
+    assert rows["titok"]["verdict"] == "-"
     assert all(set(r) == {"slug", "status", "verdict", "claim", "measured", "threshold"} for r in rows.values())
 
 
@@ -74,7 +74,7 @@ def test_scoreboard_json(capsys, tmp_path):
         (("show", "doubel-sparsity"), "did you mean double-sparsity"),
         (("list", "--family", "atention"), "did you mean attention"),
         (("compare", "smollm2", "--methods", "qest"), "did you mean quest"),
-        (("compare", "smollm2", "--methods", "slicegpt"), "not available yet"),
+        (("compare", "smollm2", "--methods", "titok"), "not available yet"),
         (("compare", "smollm2", "--budget", "2.0"), "above 0 and at most 1"),
         (("compare", "smollm2", "--budget", "a/b"), "a count like 256 or a fraction"),
         (("compare", "/nowhere/at/all"), "/nowhere/at/all"),
@@ -84,7 +84,7 @@ def test_scoreboard_json(capsys, tmp_path):
         (("calibrate", "quest", "smollm2"), "needs no calibration"),
         (("calibrate", "double-sparsity", "smollm2", "--set", "tokens"), "name=value"),
         (("calibrate", "double-sparsity", "smollm2", "--set", "label_bits=99"), "label_bits"),
-        (("reproduce", "slicegpt"), "no reproduction yet"),
+        (("reproduce", "titok"), "no reproduction yet"),
         (("reproduce", "nonsense-slug"), "no system is called"),
         (("bench", "no_such_operator"), "no_such_operator"),
         (("bench", "decode_attention", "--contexts", "many"), "--contexts"),

@@ -45,7 +45,7 @@ def test_a_calibration_beside_the_recipe_is_found(tmp_path):
         ({"methods": [{"quest": {}, "dense": {}}]}, RecipeError, "a name with its settings"),
         ({"methods": [{"quest": [1]}]}, RecipeError, "mapping"),
         ({"methods": ["qest"]}, UnknownNameError, "did you mean quest"),
-        ({"methods": ["slicegpt"]}, UnknownNameError, "not available yet"),
+        ({"methods": ["titok"]}, UnknownNameError, "not available yet"),
         ({"methods": [{"quest": {"tokens": 2.5}}]}, InputError, "above 0 and at most 1"),
         ({"methods": [{"quest": {"token": 2}}]}, InputError, "did you mean tokens"),
     ],
