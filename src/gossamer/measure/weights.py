@@ -103,7 +103,7 @@ class WeightRow:
     def label(self) -> str:
         """Name with the settings that differ from their defaults."""
         inside = ", ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in self.settings.items())
-        return self.slug + (f" ({inside})" if inside else "")
+        return f"{self.slug} {inside}".rstrip()
 
     def shown(self) -> dict[str, Any]:
         """The row as `compare` prints it."""
@@ -112,13 +112,12 @@ class WeightRow:
         return {
             "method": self.label,
             "kept": f"{self.share:.3f}" if self.share is not None else None,
-            "Mparams": f"{(self.nonzero or 0) / 1e6:.1f}",
-            "perplexity": f"{self.perplexity:.4g}",
+            "ppl": f"{self.perplexity:.4g}",
             "KL": f"{self.kl.mean:.3g}" if self.kl else None,
             "agree": f"{self.agreement:.1%}",
             "decode": f"{self.decode:.2f}x" if self.decode is not None else None,
             "prefill": f"{self.prefill:.2f}x" if self.prefill is not None else None,
-            "remark": self.way or "",
+            "remark": (self.way or "").removesuffix("-linear"),
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -126,7 +125,7 @@ class WeightRow:
         return {k: v for k, v in asdict(self).items() if k != "losses"}
 
 
-_COLUMNS = ("kept", "Mparams", "perplexity", "KL", "agree", "decode", "prefill")
+_COLUMNS = ("kept", "ppl", "KL", "agree", "decode", "prefill")
 
 
 def evaluation_blocks(loaded: LoadedModel, plan: Plan) -> Tensor:
