@@ -22,6 +22,7 @@ from typing import Any
 from torch import nn
 
 from gossamer.errors import InputError, ModelError, OutputError, RecipeError
+from gossamer.files import write_whole
 from gossamer.measure import cost as costs
 from gossamer.measure import weights as study
 from gossamer.measure.compare import calibration_tokens
@@ -89,8 +90,8 @@ def apply_recipe(
             else None
         )
         if others is not None:
-            _write(made / "recipe.yaml", others.to_yaml())
-        _write(work / "applied.json", json.dumps(applied.facts))
+            write_whole(made / "recipe.yaml", others.to_yaml())
+        write_whole(work / "applied.json", json.dumps(applied.facts))
     facts = json.loads((work / "applied.json").read_text("utf-8"))
     card: dict[str, Any] = {
         **what,
@@ -102,8 +103,8 @@ def apply_recipe(
     if measure is not None:
         progress("measuring", 2, 3)
         card["measured"] = _measure(loaded, load(made).model, made, measure)
-    _write(made / "gossamer.json", json.dumps(card, indent=1) + "\n")
-    _write(made / "README.md", _card(method, card))
+    write_whole(made / "gossamer.json", json.dumps(card, indent=1) + "\n")
+    write_whole(made / "README.md", _card(method, card))
     shutil.rmtree(work / "training", ignore_errors=True)
     try:
         if folder.is_dir():
@@ -135,17 +136,8 @@ def _work_folder(folder: Path, what: dict[str, Any]) -> Path:
         work.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         raise OutputError(f"cannot write beside {folder}: {error}") from None
-    _write(run, json.dumps(what))
+    write_whole(run, json.dumps(what))
     return work
-
-
-def _write(path: Path, content: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(content, "utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from None
 
 
 def _write_model(folder: Path, model: nn.Module, tokenizer: Any) -> None:

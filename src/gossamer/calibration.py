@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from gossamer.errors import CalibrationError, OutputError
+from gossamer.errors import CalibrationError
+from gossamer.files import save_tensors
 
 _FORMAT = 1
 
@@ -56,19 +54,8 @@ class Calibration:
         Raises:
             OutputError: the folder cannot be written.
         """
-        path = Path(path)
         facts = {"format": _FORMAT, "method": self.method, "fingerprint": self.fingerprint, "facts": self.facts}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({k: v.contiguous() for k, v in self.tensors.items()}, temporary, {"gossamer": json.dumps(facts)})
-            os.replace(temporary, path)
-        except (OSError, SafetensorError) as error:
-            raise OutputError(f"cannot write the calibration to {path}: {error}") from None
-        finally:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-        return path
+        return save_tensors(path, self.tensors, {"gossamer": json.dumps(facts)}, "the calibration")
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:

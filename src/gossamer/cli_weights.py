@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -50,15 +51,13 @@ def apply(
     from gossamer.measure.weights import Plan
 
     chosen = recipe_of(recipe, settings_of(set_))
-    writable(folder.with_name(f".{folder.name}.applying") / "x")
+    writable(folder.with_name(f"{folder.name}.json"))
     with progress_bar() as progress:
         progress(f"loading {model}", 0, 3)
         loaded = load_model(model, dtype, threads)
         plan = Plan(source=text) if measure else None
         card = apply_recipe(loaded, chosen, folder, Text(text, blocks, length), measure=plan, progress=progress)
     if format_ is Format.json:
-        import json
-
         print(json.dumps(card, indent=1))
         return
     measured = card["measured"]

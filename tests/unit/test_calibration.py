@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gossamer import calibration as module
 from gossamer.calibration import Calibration
 from gossamer.errors import CalibrationError, OutputError
 
@@ -65,7 +64,7 @@ def test_saving_replaces_whole_files_only(tmp_path: Path) -> None:
         Path(target).write_bytes(b"half of it")
         raise KeyboardInterrupt
 
-    with patch.object(module, "save_file", torn), pytest.raises(KeyboardInterrupt):
+    with patch("gossamer.files.save_file", torn), pytest.raises(KeyboardInterrupt):
         make().save(path)
     assert path.read_bytes() == first
     assert [p.name for p in tmp_path.iterdir()] == ["c.safetensors"]

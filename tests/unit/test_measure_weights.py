@@ -13,6 +13,7 @@ from gossamer.measure import weights
 from gossamer.measure.results import Estimate
 from gossamer.models import LoadedModel
 from gossamer.models import tiny_model as make
+from gossamer.ops import available_backends
 from gossamer.registry import make as method
 
 PLAN = weights.Plan(segments=2, length=48, context=16, steps=2, rounds=1, blocks=2, block=32)
@@ -97,10 +98,21 @@ def test_rows_are_saved_whole_or_not_at_all(tiny, tmp_path):
     assert saved["rows"][1]["slug"] == "magnitude"
     assert "losses" not in saved["rows"][1]
     with pytest.raises(OutputError):
-        weights.save_rows(rows, tmp_path / "none" / "rows.json", {})
+        weights.save_rows(rows, tmp_path / "rows.json" / "rows.json", {})
 
 
 @pytest.mark.parametrize("bad", [{"segments": 0}, {"length": 1}, {"rounds": 0}])
 def test_plans_that_measure_nothing_are_refused(bad):
     with pytest.raises(InputError):
         weights.Plan(**bad)
+
+
+@pytest.mark.skipif("native" not in available_backends(), reason="native kernels are not built")
+def test_a_model_with_many_zeros_is_timed_sparse_too_and_comes_back_whole(tiny):
+    model = method("magnitude", sparsity=0.9).apply(make("llama", vocab_size=257, hidden_size=128)).model
+    before = {name: type(module) for name, module in model.named_modules()}
+    runs = weights._ways(model, torch.arange(16), weights.WAYS)
+    assert [run.way for run in runs] == ["torch", "native", "sparse"]
+    assert before == {name: type(module) for name, module in model.named_modules()}
+    assert not any(run.decode or run.prefill for run in runs)
+    assert [run.way for run in weights._ways(tiny.model, torch.arange(16), weights.WAYS)] == ["torch", "native"]

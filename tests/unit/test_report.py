@@ -18,6 +18,7 @@ import pytest
 from rich.console import Console
 
 from gossamer.errors import InputError, OutputError
+from gossamer.files import write_whole
 from gossamer.measure import report
 from gossamer.measure.results import (
     Comparison,
@@ -28,7 +29,6 @@ from gossamer.measure.results import (
     Quality,
     Selection,
     Spread,
-    write_whole,
 )
 
 MIB = 2**20

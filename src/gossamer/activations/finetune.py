@@ -22,7 +22,7 @@ from gossamer.activations.base import ActivationMethod, Progress
 from gossamer.calibration import Calibration
 from gossamer.errors import InputError
 from gossamer.hf import FixedRules
-from gossamer.models import LoRA, Plan, Training, fingerprint, train
+from gossamer.models import LoRA, Plan, Training, adapted, fingerprint, train
 from gossamer.patterns import NeuronRule
 
 #: Activations below this many times their threshold are penalised.
@@ -115,23 +115,15 @@ def finetune(
             return penalty * torch.stack(losses).sum()
 
         scale(0)
-        adapters = lora.attach(model) if lora is not None else None
-        try:
+        with adapted(model, lora) as trained:
             training = train(
                 model,
                 batches,
                 plan,
                 penalty=near if penalty else None,
                 after_step=lambda step: scale(step + 1),
-                parameters=None if adapters is None else adapters.parameters(),
+                parameters=trained,
                 progress=progress,
             )
-        except BaseException:
-            if adapters is not None:
-                adapters.remove()
-            model.eval()
-            raise
-        if adapters is not None:
-            adapters.merge()
     facts = {**calibration.facts, "finetuned_steps": plan.steps}
     return training, replace(calibration, fingerprint=fingerprint(model), facts=facts)

@@ -26,7 +26,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,7 +39,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from torch import nn
 
 from gossamer.attention.alisa_formulas import attend_packed
-from gossamer.errors import InputError, OutputError
+from gossamer.errors import InputError
+from gossamer.files import write_whole
 from gossamer.hf import model_shape
 from gossamer.hf.views import text_config
 from gossamer.models import cache_folder
@@ -456,13 +456,7 @@ def profile_machine(
         except (OSError, ValueError):
             pass  # damaged: measure again
     profile = _measure(sizes, batch, longest, repeats)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(profile.model_dump_json(), "utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OutputError(f"cannot keep the profile in {path.parent}: {error.strerror}") from None
+    write_whole(path, profile.model_dump_json(), "the profile")
     return profile
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from gossamer.attention.hip_attention import HipAttention, search
 from gossamer.errors import InputError, ModelError
 from gossamer.hf import AttentionRuntime, dense_attention
-from gossamer.models import LoRA, Plan, Training, train
+from gossamer.models import LoRA, Plan, Training, adapted, train
 
 ADAPTERS = LoRA(
     rank=256,
@@ -129,21 +129,5 @@ def heal(
             then what it was, unless all of it was trained.
         ModelError: no layer has a name that `lora` targets.
     """
-    with SparseTraining(model, method):
-        adapters = lora.attach(model) if lora is not None else None
-        try:
-            training = train(
-                model,
-                batches,
-                plan,
-                parameters=None if adapters is None else adapters.parameters(),
-                progress=progress,
-            )
-        except BaseException:
-            if adapters is not None:
-                adapters.remove()
-            model.eval()
-            raise
-        if adapters is not None:
-            adapters.merge()
-    return training
+    with SparseTraining(model, method), adapted(model, lora) as trained:
+        return train(model, batches, plan, parameters=trained, progress=progress)

@@ -12,6 +12,7 @@ import platform
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from gossamer.errors import InputError
+from gossamer.errors import InputError, OutputError
+from gossamer.files import write_whole
 from gossamer.hf import AttentionRuntime, GossamerCache
 from gossamer.hf.attention import attached_runtime
 from gossamer.models import cache_folder, fingerprint
@@ -120,13 +122,6 @@ def cost_of(model: Any, folder: Path | None = None) -> ForwardCost:
         return ForwardCost(tuple(data["sizes"]), tuple(data["seconds"]), data["context"])
     except (OSError, ValueError, KeyError, TypeError):
         cost = measure(model)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(
-            json.dumps({"sizes": cost.sizes, "seconds": cost.seconds, "context": cost.context}), "utf-8"
-        )
-        os.replace(temporary, path)
-    except OSError:
-        pass  # it will be measured again
+    with suppress(OutputError):  # it will be measured again
+        write_whole(path, json.dumps({"sizes": cost.sizes, "seconds": cost.seconds, "context": cost.context}))
     return cost

@@ -8,20 +8,18 @@ gone (the scores of H2O and A2SF) are saved. Settings of methods are not: attach
 from __future__ import annotations
 
 import json
-import os
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from gossamer import ops
-from gossamer.errors import InputError, OutputError
+from gossamer.errors import InputError
+from gossamer.files import save_tensors
 from gossamer.hf.cache import PARTS, GossamerCache, KVLayer, _round_up
 from gossamer.hf.mixed_precision import MixedPrecisionKV
 from gossamer.hf.quantized import KVFormat, QuantizedKVLayer
@@ -44,7 +42,7 @@ def save_cache(cache: Cache, path: str | Path, model: nn.Module) -> Path:
         InputError: the cache holds nothing yet, layers of another kind, or rows that are offloaded.
         OutputError: the folder can't be written.
     """
-    path, facts = Path(path), []
+    facts = []
     tensors: dict[str, Tensor] = {}
     for i, layer in enumerate(cache.layers):
         if not isinstance(layer, KVLayer) or not layer.is_initialized:
@@ -53,17 +51,8 @@ def save_cache(cache: Cache, path: str | Path, model: nn.Module) -> Path:
     if not facts:
         raise InputError("save_cache takes a cache that a model with attached methods has filled")
     header = {"format": _FORMAT, "fingerprint": fingerprint(model), "layers": facts}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous().clone() for k, v in tensors.items()}, temporary, {"gossamer": json.dumps(header)})
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"cannot write the cache to {path}: {error}") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    return path
+    apart = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    return save_tensors(path, apart, {"gossamer": json.dumps(header)}, "the cache")
 
 
 def load_cache(path: str | Path, model: nn.Module) -> GossamerCache:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 
-from gossamer.errors import InputError, ModelError, OutputError
+from gossamer.errors import InputError, ModelError
+from gossamer.files import whole
 from gossamer.hf.matrices import Matrix, matrices
 from gossamer.models.sparse_linear import SPEC, SparseLinear, read_spec
 from gossamer.ops.sparse_formats import FORMATS, INT8_FORMATS, block_sparsity, parse_nm
@@ -181,18 +181,10 @@ def save_sparse(model: nn.Module, folder: str | Path) -> Path:
     config: Any = getattr(model, "config", None)
     if config is None:
         raise ModelError(f"{type(model).__name__} has no config: save its state_dict instead")
-    temporary = folder / ".model.safetensors.tmp"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with whole(folder / "model.safetensors", "the model") as temporary:
         config.architectures = [type(model).__name__]
         config.save_pretrained(folder)
         save_model(model, str(temporary), {"gossamer": json.dumps({"sparse": 1})})
-        temporary.replace(folder / "model.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"cannot write the model to {folder}: {error}") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
     return folder
 
 

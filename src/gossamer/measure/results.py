@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
@@ -21,7 +20,8 @@ from typing import Any
 import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from gossamer.errors import InputError, OutputError
+from gossamer.errors import InputError
+from gossamer.files import write_whole
 
 _FORMAT = 1
 _IQR_OF_A_NORMAL = 1.349  # quartile distance of a normal distribution, in standard deviations
@@ -380,26 +380,6 @@ class Comparison:
             return cls.from_dict(data)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
-
-
-def write_whole(path: str | Path, text: str) -> Path:
-    """Write `text` under a temporary name beside `path`, then rename: readers see the old file or the new one.
-
-    Raises:
-        OutputError: the folder or file cannot be written.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
-    return path
 
 
 def _samples(samples: Iterable[float]) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -8,10 +8,10 @@ kernel, and for models with zeros our sparse kernels), so a row says what a user
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -20,19 +20,21 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.data import split, text, token_blocks
-from gossamer.errors import GossamerError, InputError, OutputError
+from gossamer.errors import GossamerError, InputError
+from gossamer.files import write_whole
 from gossamer.hf import matrices
 from gossamer.measure import cost as costs
 from gossamer.measure.compare import calibration_tokens
 from gossamer.measure.results import Estimate
 from gossamer.measure.study import BLOCK, beats
 from gossamer.models import LoadedModel
-from gossamer.registry import Method, make, method, methods
+from gossamer.registry import Handle, Method, make, method, methods
 from gossamer.weights.base import WeightMethod, copied, parameter_count
 
 Progress = Callable[[str, int, int], None]
 #: Ways to run the linear layers of a decode step; a model is timed in each that it can take, and the fastest counts.
-WAYS = ("torch", "native-linear", "sparse-linear")
+#: Sparse: `sparse-linear` where it pays, our dense kernel in the other layers.
+WAYS = ("torch", "native", "sparse")
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ class WeightRow:
             "agree": f"{self.agreement:.1%}",
             "decode": f"{self.decode:.2f}x" if self.decode is not None else None,
             "prefill": f"{self.prefill:.2f}x" if self.prefill is not None else None,
-            "remark": (self.way or "").removesuffix("-linear"),
+            "remark": self.way or "",
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -174,25 +176,29 @@ def _outside(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if id(p) not in inside)
 
 
-def _attached(model: nn.Module, way: str) -> Any:
-    return make(way).attach(model) if way != "torch" else None  # type: ignore[attr-defined]
+def _attach(slug: str, model: nn.Module) -> Handle:
+    handle: Handle = make(slug).attach(model)  # type: ignore[attr-defined]
+    return handle
 
 
 class _Timed:
-    """One model with a filled cache, timed in one way."""
+    """One model, timed in one way."""
 
     def __init__(self, model: nn.Module, way: str, prompt: Tensor) -> None:
-        self.model, self.way, self.prompt = model, way, prompt
+        self.way, self.prompt = way, prompt
         self.decode: list[float] = []
         self.prefill: list[float] = []
+        # Packing weights takes longer than what is timed, so it is done once, on a copy that keeps its layers.
+        self.model = copied(model) if way == "sparse" else model
+        if way == "sparse":
+            _attach("sparse-linear", self.model)
 
     def run(self, steps: int) -> None:
         """One prompt and some decode steps."""
         from transformers.cache_utils import DynamicCache
 
         call: Any = self.model
-        handle = _attached(self.model, self.way)
-        try:
+        with nullcontext() if self.way == "torch" else _attach("native-linear", self.model):
             with torch.inference_mode():
                 cache = DynamicCache(config=call.config)
                 start = time.perf_counter()
@@ -201,26 +207,25 @@ class _Timed:
             times = costs.StepTimes()
             costs.time_steps(self.model, None, cache, 1, steps, times)
             self.decode += times.step
-        finally:
-            if handle is not None:
-                handle.detach()
+
+
+def _ways(model: nn.Module, prompt: Tensor, names: Sequence[str]) -> list[_Timed]:
+    """The ways that this model can take."""
+    made = []
+    for way in names:
+        try:
+            run = _Timed(model, way, prompt)
+            run.run(1)
+        except GossamerError:  # nothing in it that the way serves
+            continue
+        run.decode, run.prefill = [], []  # that was the warm-up
+        made.append(run)
+    return made
 
 
 def timed(row: WeightRow, model: nn.Module, dense: nn.Module, prompt: Tensor, plan: Plan) -> None:
     """Decode and prefill times over the dense model's into the row; both alternate, each in every way it can take."""
-    ways = [way for way in WAYS if way == "torch" or way in methods()]
-    runs: dict[str, list[_Timed]] = {"dense": [], "mine": []}
-    for name, one in (("dense", dense), ("mine", model)):
-        for way in ways:
-            if way == "sparse-linear" and name == "dense":
-                continue
-            try:
-                handle = _attached(one, way)
-            except GossamerError:  # this model has nothing that the way serves
-                continue
-            if handle is not None:
-                handle.detach()
-            runs[name].append(_Timed(one, way, prompt))
+    runs = {"dense": _ways(dense, prompt, WAYS[:2]), "mine": _ways(model, prompt, WAYS)}
     for _ in range(plan.rounds):
         for run in (*runs["dense"], *runs["mine"]):
             run.run(plan.steps)
@@ -327,9 +332,4 @@ def save_rows(rows: Sequence[WeightRow], path: Path, facts: dict[str, Any]) -> N
         OutputError: the file can't be written.
     """
     content = {**facts, "machine": costs.machine(), "versions": costs.versions(), "rows": [r.to_dict() for r in rows]}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from None
+    write_whole(path, json.dumps(content, indent=1) + "\n")

@@ -1,7 +1,7 @@
 """Models: loading real ones by name, path or hub id, making tiny random ones, and training small ones."""
 
 from gossamer.models.load import LoadedModel, cache_folder, fingerprint, load, quiet, smollm2_file
-from gossamer.models.lora import LoRA
+from gossamer.models.lora import LoRA, adapted
 from gossamer.models.masked import MaskHolder
 from gossamer.models.sparse_linear import SparseLinear
 from gossamer.models.tiny import FAMILIES, tiny_model
@@ -25,6 +25,7 @@ __all__ = [
     "Plan",
     "SparseLinear",
     "Training",
+    "adapted",
     "bits_per_byte",
     "block_batches",
     "byte_model",

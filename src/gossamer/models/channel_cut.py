@@ -15,9 +15,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,10 +23,11 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gossamer.errors import InputError, ModelError, OutputError
+from gossamer.errors import InputError, ModelError
+from gossamer.files import save_tensors, write_whole
 from gossamer.models.channel_graph import ChannelGraph, ChannelGroup, Conv, Norm, evaluating
 from gossamer.patterns import Masks
 
@@ -274,18 +273,8 @@ def save_cut(model: nn.Module, folder: str | Path) -> Path:
         OutputError: it cannot be written.
     """
     folder = Path(folder)
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    temporary = folder / f".model.{os.getpid()}.tmp"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(weights, temporary)
-        (folder / "channels.json").write_text(json.dumps(widths(model), indent=1) + "\n", "utf-8")
-        os.replace(temporary, folder / "model.safetensors")
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise OutputError(f"cannot write the model to {folder}: {error}") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    write_whole(folder / "channels.json", json.dumps(widths(model), indent=1) + "\n", "the model")
+    save_tensors(folder / "model.safetensors", model.state_dict(), what="the model")
     return folder
 
 

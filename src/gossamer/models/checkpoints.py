@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,10 +19,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gossamer.errors import OutputError
+from gossamer.files import save_tensors
 
 _folder: Path | None = None
 _every, _count = 100, 0
@@ -94,12 +92,12 @@ class Checkpoint:
         for name, value in self.model.state_dict().items():  # tied weights once
             if value.data_ptr() not in seen or not value.numel():
                 seen.add(value.data_ptr())
-                tensors[f"model.{name}"] = value.contiguous()
+                tensors[f"model.{name}"] = value
         scalars: dict[str, dict[str, Any]] = {}
         for index, values in saved["state"].items():
             for name, value in values.items():
                 if isinstance(value, Tensor):
-                    tensors[f"optimizer.{index}.{name}"] = value.contiguous()
+                    tensors[f"optimizer.{index}.{name}"] = value
                 else:
                     scalars.setdefault(str(index), {})[name] = value
         tensors["random"] = torch.get_rng_state()
@@ -110,10 +108,4 @@ class Checkpoint:
             "groups": saved["param_groups"],
             "scalars": scalars,
         }
-        temporary = self.path.with_suffix(".tmp")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, temporary, {"run": json.dumps(facts)})
-            os.replace(temporary, self.path)
-        except (OSError, SafetensorError) as error:
-            raise OutputError(f"cannot write the checkpoint {self.path}: {error}") from None
+        save_tensors(self.path, tensors, {"run": json.dumps(facts)}, "the checkpoint")

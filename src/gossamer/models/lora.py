@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -123,3 +124,29 @@ class Adapters:
         while self._frozen:
             parameter, wanted = self._frozen.pop()
             parameter.requires_grad_(wanted)
+
+
+@contextmanager
+def adapted(model: nn.Module, lora: LoRA | None) -> Iterator[list[nn.Parameter] | None]:
+    """Adapters while the block trains: merged at its end; if it fails they are taken off, and the model is in eval mode.
+
+    Yields what to train: the adapters, or None without `lora`, when the whole model is.
+
+    Raises:
+        ModelError: as `LoRA.attach`.
+
+    >>> layer = nn.Sequential(nn.Linear(4, 2))
+    >>> with adapted(layer, LoRA(rank=2, targets=("0",))) as trained:
+    ...     [tuple(p.shape) for p in trained]
+    [(2, 4), (2, 2)]
+    """
+    adapters = lora.attach(model) if lora is not None else None
+    try:
+        yield None if adapters is None else list(adapters.parameters())
+    except BaseException:
+        if adapters is not None:
+            adapters.remove()
+        model.eval()
+        raise
+    if adapters is not None:
+        adapters.merge()

@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gossamer.errors import InputError, ModelError, OutputError
+from gossamer.errors import InputError, ModelError
+from gossamer.files import save_tensors
 from gossamer.patterns.allocation import erdos_renyi
 from gossamer.patterns.structures import Reduce, Structure, keep_largest, nm_mask
 
@@ -121,20 +119,9 @@ class Masks(Mapping[str, Tensor]):
         Raises:
             OutputError: it can't be written.
         """
-        path = Path(path)
         packed = {n: torch.from_numpy(np.packbits(m.cpu().numpy().reshape(-1))) for n, m in self.items()}
         header = {"masks": json.dumps({name: list(mask.shape) for name, mask in self.items()})}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(packed, temporary, header)
-            os.replace(temporary, path)
-        except (OSError, SafetensorError) as error:
-            raise OutputError(f"cannot write the masks to {path}: {error}") from None
-        finally:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-        return path
+        return save_tensors(path, packed, header, "the masks")
 
     @classmethod
     def load(cls, path: str | Path) -> Masks:

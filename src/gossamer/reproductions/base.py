@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gossamer.errors import OutputError, UnknownNameError
+from gossamer.files import write_whole
 from gossamer.measure.cost import machine, versions
 from gossamer.registry import catalogue, methods, nearest, rows
 
@@ -135,7 +136,7 @@ def run(slug: str, progress: Progress = lambda what, done, total: None, folder: 
         "machine": machine(),
         "versions": versions(),
     }
-    _write(folder / f"{slug}.json", json.dumps(result, indent=1) + "\n")
+    write_whole(folder / f"{slug}.json", json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -174,14 +175,3 @@ def _check_writable(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise OutputError(f"cannot write results to {folder}: {error.strerror}") from None
-
-
-def _write(path: Path, content: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(content, "utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,10 +12,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gossamer.errors import CalibrationError, InputError, ModelError, OutputError
+from gossamer.errors import CalibrationError, InputError, ModelError
+from gossamer.files import save_tensors
 from gossamer.hf import model_shape
 from gossamer.patterns import Masks, choose
 from gossamer.patterns.criteria import random
@@ -248,19 +246,8 @@ class Tuned:
         Raises:
             OutputError: it cannot be written.
         """
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         header = {"dsee": json.dumps({"model": self._fingerprint, "heads": self._heads_removed})}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({n: t.cpu().contiguous() for n, t in self.task_state().items()}, temporary, header)
-            os.replace(temporary, path)
-        except (OSError, SafetensorError) as error:
-            raise OutputError(f"cannot write the task to {path}: {error}") from None
-        finally:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-        return path
+        return save_tensors(path, self.task_state(), header, "the task")
 
     @torch.no_grad()
     def load_task(self, path: str | Path) -> None:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gossamer.errors import InputError, OutputError
+from gossamer.errors import InputError
+from gossamer.files import save_tensors
 from gossamer.models import Plan, Training, train
 from gossamer.patterns import Masks
 from gossamer.weights.base import Progress, silent
@@ -84,18 +82,9 @@ class SparsePretrain:
             parts = {"weight": parameter.detach(), **{key: state[key] for key in _MOMENTS if key in state}}
             for key, value in parts.items():
                 kept = value[self.masks[name].to(value.device)] if name in self.masks else value
-                tensors[f"{key}/{name}"] = kept.cpu().contiguous()
+                tensors[f"{key}/{name}"] = kept
         header = {"done": str(self.done), "plan": json.dumps(asdict(self.plan))}
-        path = folder / "state.safetensors"
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            save_file(tensors, temporary, header)
-            os.replace(temporary, path)
-        except (OSError, SafetensorError) as error:
-            raise OutputError(f"cannot write the checkpoint to {folder}: {error}") from None
-        finally:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        save_tensors(folder / "state.safetensors", tensors, header, "the checkpoint")
         return folder
 
     @classmethod

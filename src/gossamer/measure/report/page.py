@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from gossamer.files import write_whole
 from gossamer.measure.report.findings import (
     contenders,
     headline,
@@ -31,7 +32,7 @@ from gossamer.measure.report.numbers import (
 from gossamer.measure.report.page_tables import cost_table, quality_table, table_html
 from gossamer.measure.report.plots import marks_of, page_data
 from gossamer.measure.report.ranking import rankings_html
-from gossamer.measure.results import Comparison, MethodResult, write_whole
+from gossamer.measure.results import Comparison, MethodResult
 
 
 def html(comparison: Comparison, path: str | Path) -> Path:
