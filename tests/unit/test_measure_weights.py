@@ -116,3 +116,19 @@ def test_a_model_with_many_zeros_is_timed_sparse_too_and_comes_back_whole(tiny):
     assert before == {name: type(module) for name, module in model.named_modules()}
     assert not any(run.decode or run.prefill for run in runs)
     assert [run.way for run in weights._ways(tiny.model, torch.arange(16), weights.WAYS)] == ["torch", "native"]
+
+
+@pytest.mark.parametrize("slug", ["magnitude", "wanda", "slicegpt", "cfsp", "wanda-sp", "flap", "magnitude-sp"])
+def test_methods_at_one_share_keep_that_share(slug, byte_tokenizer):
+    model = make("llama", vocab_size=257, hidden_size=128, intermediate_size=512)
+    settings = {"round_to": 1} if slug in ("slicegpt", "cfsp") else {}
+    chosen = type(method(slug)).with_kept(0.7, model)
+    chosen = chosen.model_copy(update=settings)
+    rows = weights.compare_weights(LoadedModel(model, byte_tokenizer, "tiny"), [chosen], PLAN)
+    assert rows[1].error is None
+    assert rows[1].share == pytest.approx(0.7, abs=0.02)
+
+
+def test_a_share_that_cutting_neurons_cannot_reach_is_left_out():
+    chosen = weights.study_methods(make("llama"), (0.9, 0.01), ["cfsp", "magnitude"])
+    assert [m.slug for m in chosen] == ["cfsp", "magnitude", "magnitude"]

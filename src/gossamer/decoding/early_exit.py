@@ -26,8 +26,9 @@ from gossamer.calibration import Calibration
 from gossamer.decoding.base import Context, Draft, Drafter, DraftingMethod, Target, Verdict, plain
 from gossamer.decoding.sizing import Sizer
 from gossamer.decoding.sources import vocabulary_of
-from gossamer.errors import InputError, ModelError
-from gossamer.hf.views import base_model, text_config
+from gossamer.errors import InputError
+from gossamer.hf import block_list
+from gossamer.hf.views import text_config
 from gossamer.patterns import Tree
 from gossamer.registry import register
 
@@ -38,12 +39,8 @@ def layers_of(model: nn.Module) -> tuple[nn.Module, str]:
     Raises:
         ModelError: there is no such list.
     """
-    count = int(text_config(model).num_hidden_layers)
-    for parent in base_model(model).modules():
-        for name, child in parent.named_children():
-            if isinstance(child, nn.ModuleList) and len(child) == count:
-                return parent, name
-    raise ModelError(f"{type(model).__name__} is not supported: its decoder layers are not in one list")
+    parent, _, name = block_list(model)[0].rpartition(".")
+    return model.get_submodule(parent), name
 
 
 @contextmanager
@@ -169,7 +166,7 @@ class EarlyExit(DraftingMethod):
 
         Raises:
             InputError: not so many layers.
-            ModelError: a model without a language-model head, or whose layers are not in one list.
+            ModelError: a model without a language-model head, or whose blocks were not found.
         """
         vocabulary_of(model)
         layers_of(model)

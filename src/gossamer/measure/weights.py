@@ -11,7 +11,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -237,7 +237,10 @@ def timed(row: WeightRow, model: nn.Module, dense: nn.Module, prompt: Tensor, pl
 
 
 def study_methods(model: nn.Module, shares: Sequence[float], slugs: Sequence[str] | None = None) -> list[WeightMethod]:
-    """Methods at every share of kept parameters: those named, or all of the family that need no training."""
+    """Methods at every share of kept parameters: those named, or all of the family that need no training.
+
+    Shares that a method cannot reach on this model are left out.
+    """
     if slugs is None:
         slugs = [
             s
@@ -249,7 +252,9 @@ def study_methods(model: nn.Module, shares: Sequence[float], slugs: Sequence[str
         cls = method(slug)
         if not issubclass(cls, WeightMethod):
             raise InputError(f"{slug} does not change weights: compare it with `gossamer compare --methods {slug}`")
-        chosen += [cls.with_kept(share, model) for share in shares]
+        for share in shares:
+            with suppress(GossamerError):  # a share that the method cannot reach, a family that it does not serve
+                chosen.append(cls.with_kept(share, model))
     return chosen
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,15 @@ from gossamer.models.reshaped import linear_weight
 from gossamer.patterns.allocation import whole_counts
 from gossamer.registry import register
 from gossamer.weights.base import Applied, Progress, WeightMethod, parameter_count, silent
-from gossamer.weights.neurons import cut_neurons, neuron_facts, rounded_width, top_neurons, views_of, width_facts
+from gossamer.weights.neurons import (
+    cut_neurons,
+    neuron_facts,
+    ratio_for,
+    rounded_width,
+    top_neurons,
+    views_of,
+    width_facts,
+)
 from gossamer.weights.recovery import Recovery, recover
 
 Metric = Literal["angular", "cosine", "mse", "mae", "constant"]
@@ -182,6 +190,11 @@ class CFSP(WeightMethod):
     recovery: Recovery = Field(
         default_factory=lambda: Recovery(rank=8), description="adapters trained afterwards; no steps by default"
     )
+
+    @classmethod
+    def with_kept(cls, share: float, model: nn.Module) -> Self:
+        """Only neurons go, so more of them than of the blocks' weights."""
+        return cls(sparsity=ratio_for(model, share))
 
     def apply(self, model: nn.Module, tokens: Tensor | None = None, progress: Progress = silent) -> Applied:
         """See `WeightMethod.apply`."""

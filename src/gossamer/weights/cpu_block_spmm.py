@@ -13,7 +13,6 @@ arXiv 2306.16601. The kernel is `csrc/sparse_linear.cpp`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -25,7 +24,7 @@ from gossamer.calibration import Calibration
 from gossamer.errors import CalibrationError, InputError, ModelError
 from gossamer.hf import Matrix, masks_for, matrices
 from gossamer.hf.sparse import SparseLayers
-from gossamer.models import MaskHolder, fingerprint
+from gossamer.models import MaskHolder, block_batches, fingerprint
 from gossamer.patterns import Masks, choose
 from gossamer.patterns.criteria import magnitude, momentum
 from gossamer.registry import Handle, register
@@ -156,7 +155,7 @@ class CPUBlockSpMM(WeightMethod):
         scores: dict[str, Tensor] = {}
         losses = []
         try:
-            for step, batch in enumerate(self._batches(text)):
+            for step, batch in enumerate(block_batches(text, self.batch, self.steps, self.seed)):
                 progress("pruning under distillation", step, self.steps)
                 with torch.no_grad():
                     goal = last_hidden_state(teacher, batch)
@@ -229,11 +228,6 @@ class CPUBlockSpMM(WeightMethod):
         if not layers.layers:
             raise ModelError(f"{self.slug}: no layer has {self.least:.0%} zero blocks: apply it first")
         return Handle(undo=[layers.detach], reports=[layers.report])
-
-    def _batches(self, text: Tensor) -> Iterator[Tensor]:
-        generator = torch.Generator().manual_seed(self.seed)
-        for _ in range(self.steps):
-            yield text[torch.randint(len(text), (self.batch,), generator=generator)]
 
     def _score(self, chosen: list[Matrix], scores: dict[str, Tensor]) -> None:
         if self.criterion == "magnitude":

@@ -9,7 +9,7 @@ Only MLPs are cut here; the originals of the last two also cut attention heads.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from pydantic import Field
@@ -23,6 +23,7 @@ from gossamer.weights.neurons import (
     cut_neurons,
     global_widths,
     neuron_facts,
+    ratio_for,
     rounded_width,
     top_neurons,
     views_of,
@@ -74,6 +75,11 @@ class NeuronPruning(WeightMethod):
     def compensation(self, down: Tensor, facts: NeuronFacts, gone: Tensor) -> Tensor | None:
         """What takes the place of the neurons ``gone`` (bool ``[n]``) in the MLP's output."""
         return None
+
+    @classmethod
+    def with_kept(cls, share: float, model: nn.Module) -> Self:
+        """Only neurons go, so more of them than of the blocks' weights."""
+        return cls(sparsity=ratio_for(model, share))
 
     def apply(self, model: nn.Module, tokens: Tensor | None = None, progress: Progress = silent) -> Applied:
         """See `WeightMethod.apply`."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.errors import CalibrationError, InputError, ModelError
-from gossamer.hf import Matrix, MLPView, block_list, blocks, mlp_views
+from gossamer.hf import Matrix, MLPView, block_list, blocks, matrices, mlp_views
 from gossamer.models.reshaped import CLASSES, linear_weight, set_linear, settle
 from gossamer.patterns import keep_largest
 from gossamer.weights.base import Progress, silent
@@ -79,6 +79,27 @@ def neuron_facts(
             NeuronFacts((sums[1] / len(tokens)).sqrt(), mean, variance, float(torch.cat(turns).double().mean()))
         )
     return found
+
+
+def ratio_for(model: nn.Module, share: float) -> float:
+    """The share of all neurons that must go for the blocks' matrices to keep `share` of their entries.
+
+    Raises:
+        InputError: the MLPs do not hold so much.
+
+    >>> from gossamer.models import tiny_model
+    >>> round(ratio_for(tiny_model("llama"), 0.8), 3)
+    0.3
+    """
+    found = matrices(model)
+    inside = sum(m.weight.numel() for m in found)
+    mlps = sum(m.weight.numel() for m in found if m.role in ("gate", "up", "gate_up", "down"))
+    ratio = (1 - share) * inside / mlps if mlps else 1.0
+    if not 0 <= ratio < 1:
+        raise InputError(
+            f"MLPs hold {mlps / inside:.0%} of the blocks' weights: cutting neurons cannot leave {share:.0%}"
+        )
+    return ratio
 
 
 def rounded_width(exact: float, neurons: int, round_to: int) -> int:

@@ -10,20 +10,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from gossamer.models.lora import LoRA
-from gossamer.models.training import Plan, train
+from gossamer.models.training import Plan, block_batches, train
 from gossamer.registry import register
 from gossamer.weights.base import Applied, Progress, WeightMethod, parameter_count, silent
 from gossamer.weights.pat_tuning import HOLD, Gate, PATTuning, Variant
 
 #: Every linear layer of a Llama-like block.
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def draw(tokens: Tensor, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
-    """`steps` batches of rows drawn at random, int64 ``[batch, length]``."""
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        yield tokens[torch.randint(len(tokens), (batch,), generator=generator)]
 
 
 @register("pat", slot="weights", family="weights", needs=["training"])
@@ -140,7 +133,7 @@ class PAT(WeightMethod):
         """
         text = self.text(tokens)
         before, width = parameter_count(model), int(getattr(getattr(model, "config", None), "hidden_size", 0))
-        tuning, facts = self.tune(model, draw(text, self.batch, self.steps, self.seed), progress)
+        tuning, facts = self.tune(model, block_batches(text, self.batch, self.steps, self.seed), progress)
         target = tuning.keep
         try:
             small = tuning.merge(progress)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from gossamer.errors import InputError
 from gossamer.hf import block_list, matrices
-from gossamer.models import LoRA, Plan, train
+from gossamer.models import LoRA, Plan, block_batches, token_loss, train
 from gossamer.weights.base import Progress, silent
 
 
@@ -45,21 +44,6 @@ class Recovery(BaseModel):
     shortcuts: bool = Field(False, description="adapters on SliceGPT's shortcut matrices too")
     head: bool = Field(False, description="an adapter on the head too")
     seed: int = Field(0, description="of adapters and batches")
-
-
-def _loss(model: Any, blocks: Tensor, batch: int) -> float:
-    total = 0.0
-    with torch.no_grad():
-        for part in blocks.split(batch):
-            logits = model(part[:, :-1], use_cache=False).logits
-            total += float(F.cross_entropy(logits.flatten(0, 1).float(), part[:, 1:].flatten(), reduction="sum"))
-    return total / (blocks.shape[0] * (blocks.shape[1] - 1))
-
-
-def _batches(blocks: Tensor, batch: int, seed: int) -> Iterator[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        yield from blocks[torch.randperm(len(blocks), generator=generator)].split(batch)
 
 
 def recover(
@@ -103,7 +87,7 @@ def recover(
     names = {m.name.split(".")[-2] for m in matrices(model) if m.role != "linear"}
     names |= {"attention_shortcut", "mlp_shortcut"} if settings.shortcuts else set()
     wanted = {p: p.requires_grad for p in model.parameters()}
-    before = _loss(model, kept_out, settings.batch)
+    before = token_loss(model, kept_out)
     parts: list[tuple[nn.Module, int, tuple[str, ...]]] = [
         (layer, rank, tuple(sorted(names))) for layer, rank in zip(layers, ranks, strict=True) if rank
     ]
@@ -124,7 +108,7 @@ def recover(
         if (step + 1) % settings.every and step + 1 < settings.steps:
             return False
         model.eval()
-        loss = _loss(model, kept_out, settings.batch)
+        loss = token_loss(model, kept_out)
         model.train()
         evaluations.append({"step": step + 1, "loss": loss})
         better = math.isfinite(loss) and loss < best[0]
@@ -141,7 +125,7 @@ def recover(
         weight_decay=1e-2,
         decay="linear",
     )
-    batches = _batches(training_text, settings.batch, settings.seed)
+    batches = block_batches(training_text, settings.batch, settings.steps, settings.seed)
     try:
         training = train(model, batches, plan, parameters=trained, stop=stop, progress=progress)
     finally:

@@ -14,13 +14,14 @@ blocks) are what the rotations cost; heads, RoPE and the KV cache are untouched.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from gossamer.errors import CalibrationError, InputError, ModelError
+from gossamer.hf import block_list, matrices
 from gossamer.models.reshaped import PLACES
 from gossamer.registry import register
 from gossamer.weights.base import Applied, Progress, WeightMethod, parameter_count, silent
@@ -107,6 +108,24 @@ class SliceGPT(WeightMethod):
     damp: float = Field(0.01, ge=0, description="of the second moment's mean diagonal, added to it")
     seed: int = Field(42, description="of the random orientation")
     recovery: Recovery = Field(default_factory=Recovery, description="adapters trained afterwards; no steps by default")
+
+    @classmethod
+    def with_kept(cls, share: float, model: nn.Module) -> Self:
+        """The width k for which the matrices, cut on one side, and the shortcuts are this share together.
+
+        P·k/D + n·k² + (D − k)(F + k): the last block writes the whole width D, from F inputs.
+        """
+        places, found = places_of(model), matrices(model)
+        width, layers = stream_width(model, places), len(block_list(model)[1])
+        writes = ("down",) if len(places.norms) == 2 else ("o", "down")
+        wide = sum(m.weight.shape[1] for m in found if m.layer == layers - 1 and m.role in writes)
+        inside, paths = sum(m.weight.numel() for m in found), len(places.norms) * layers
+
+        def kept(k: int) -> float:
+            return inside * k / width + paths * k**2 + (width - k) * (wide + k)
+
+        best = min(range(1, width + 1), key=lambda k: abs(kept(k) - share * inside))
+        return cls(sparsity=1 - best / width)
 
     def apply(self, model: nn.Module, tokens: Tensor | None = None, progress: Progress = silent) -> Applied:
         """See `WeightMethod.apply`; `discarded` of the facts is the share of energy cut off at each place."""
